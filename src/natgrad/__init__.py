@@ -1,0 +1,16 @@
+"""K-FAC for PyTorch: curvature-aware training as easy to switch on as AdamW.
+
+- :class:`KFAC`: a whole optimizer; the training loop stays as it is.
+- :class:`Preconditioner`: natural gradients for an optimizer that you already have.
+- :func:`describe`: which layers are preconditioned, and why the others are not.
+- :mod:`natgrad.likelihoods`: losses that have no name of their own.
+"""
+
+from natgrad import likelihoods
+from natgrad.optimizer import KFAC
+from natgrad.preconditioner import Preconditioner
+from natgrad.report import describe
+
+__version__ = "0.1.0"
+
+__all__ = ["KFAC", "Preconditioner", "describe", "likelihoods"]

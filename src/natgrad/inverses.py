@@ -1,0 +1,118 @@
+"""Stage 5: factors and damping go in, something that solves comes out.
+
+With V the gradient as a matrix of shape (out, in [+ 1]), the block kron(G, A) acts on it as V ↦ G V A, so
+
+    cholesky   V ↦ (G + λ_G I)⁻¹ V (A + λ_A I)⁻¹
+    eigen      V ↦ Q_G [ (Q_Gᵀ V Q_A) / ((λ_G + g)(λ_A + a)ᵀ + δ) ] Q_Aᵀ     with G = Q_G diag(g) Q_Gᵀ, A likewise
+
+Factored once, applied at every step until the factors have moved. What is stored are plain tensors, so that any
+checkpoint can hold them. A factorization that fails is retried in float64 and then with more damping, and says so once.
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from natgrad.damping import Damping
+
+# A failed Cholesky factorization is retried with this much of the mean diagonal added, then ten times as much, ….
+FIRST_JITTER, LAST_JITTER = 1e-8, 1e2
+
+
+class Inverse(ABC):
+    """A way of inverting a damped Kronecker product."""
+
+    names: tuple[str, ...]
+    """Of the tensors that ``factorize`` returns."""
+
+    @abstractmethod
+    def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
+        """What ``solve`` needs, as named tensors."""
+
+    @abstractmethod
+    def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
+        """The inverse of the damped block times V, (out, in [+ 1])."""
+
+
+class CholeskyInverse(Inverse):
+    """Explicit inverses of both damped factors. Cannot add δ to their product."""
+
+    names = ("A_inverse", "G_inverse")
+
+    def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
+        """``A_inverse`` and ``G_inverse``."""
+        return {"A_inverse": invert(A, damping.a, "A"), "G_inverse": invert(G, damping.g, "G")}
+
+    def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
+        """G⁻¹ V A⁻¹."""
+        return inverse["G_inverse"] @ V @ inverse["A_inverse"]
+
+
+class EigenInverse(Inverse):
+    """Eigendecompositions of both factors, which make damping of the product exact."""
+
+    names = ("A_basis", "G_basis", "scale")
+
+    def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
+        """Bases and damped eigenvalues; the eigenvalues of a factor are cut at zero first."""
+        a, Q_A = eigh(A)
+        g, Q_G = eigh(G)
+        denominator = torch.outer(g.clamp(min=0) + damping.g, a.clamp(min=0) + damping.a) + damping.product
+        # Without any damping a null direction is left out, as a pseudo-inverse does, instead of divided by zero.
+        floor = torch.finfo(denominator.dtype).eps * denominator.max()
+        scale = torch.where(denominator > floor, denominator, torch.inf).reciprocal()
+        return {"A_basis": Q_A, "G_basis": Q_G, "scale": scale}
+
+    def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
+        """To the eigenbasis, divide, and back."""
+        Q_A, Q_G = inverse["A_basis"], inverse["G_basis"]
+        return Q_G @ ((Q_G.mT @ V @ Q_A) * inverse["scale"]) @ Q_A.mT
+
+
+INVERSES: dict[str, Inverse] = {"cholesky": CholeskyInverse(), "eigen": EigenInverse()}
+
+
+def invert(factor: Tensor, damping: Tensor | float, name: str) -> Tensor:
+    """Inverse of a symmetric positive semi-definite ``factor + damping I``."""
+    damped = factor.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    L, info = torch.linalg.cholesky_ex(damped)
+    if not info.any():
+        return torch.cholesky_inverse(L)
+    return _invert_carefully(damped.double(), name).to(factor.dtype)
+
+
+def _invert_carefully(damped: Tensor, name: str) -> Tensor:
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    jitter = 0.0
+    while True:
+        L, info = torch.linalg.cholesky_ex(damped)
+        if not info.any():
+            break
+        more = max(FIRST_JITTER, 10 * jitter)
+        if more > LAST_JITTER:
+            raise ArithmeticError(
+                f"factor {name} cannot be inverted even with {jitter:g} times its mean diagonal added."
+            )
+        diagonal.add_(mean * (more - jitter))
+        jitter = more
+    if jitter:
+        warnings.warn(
+            f"natgrad: a factor {name} is singular at its damping; {jitter:.0e} of its mean diagonal was added. Raise "
+            "`damping` to silence this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return torch.cholesky_inverse(L)
+
+
+def eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors; in float64 where float32 fails to converge."""
+    try:
+        values, basis = torch.linalg.eigh(factor)
+    except torch.linalg.LinAlgError:
+        values, basis = torch.linalg.eigh(factor.double())
+    return values.to(factor.dtype), basis.to(factor.dtype)

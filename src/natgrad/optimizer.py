@@ -1,0 +1,187 @@
+"""Stage 8: everything together as a ``torch.optim.Optimizer``.
+
+One step moves the layers' parameters by
+
+    v ← α (−Δ) + μ v,    θ ← (1 − rate · weight_decay) θ + v
+
+with Δ the natural gradient (:mod:`natgrad.preconditioner`) and v the previous step. α and μ are either numbers or come
+from the exact quadratic model (:mod:`natgrad.quadratic`). The parameters without a layer are trained by AdamW, as a
+parameter group of their own with its own rate.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from natgrad import quadratic
+from natgrad.likelihoods import Likelihood
+from natgrad.preconditioner import CurvatureOptions, Preconditioner, clip_scale
+
+FALLBACK_RATE = 1e-3  # AdamW's own default
+
+
+class KFAC(torch.optim.Optimizer):
+    """K-FAC as a whole optimizer.
+
+    Args:
+        model: The model, called as a whole in the training loop.
+        loss: As for :class:`~natgrad.Preconditioner`.
+        lr: A number, or ``"auto"``: the minimizer of the exact quadratic model. ``group["lr"]`` is then a factor that
+            multiplies it, 1 to begin with, so that schedulers work in both cases.
+        momentum: A number, or ``"auto"``: as for ``lr``. damping: As for :class:`~natgrad.Preconditioner`.
+        weight_decay: Decoupled: per step, parameters shrink by this times the rate. kl_clip: Upper bound on lr² gᵀΔ;
+        for a numeric ``lr`` only. **curvature: ``fisher``, ``mc_samples``, ``inverse``, ``factor_decay``,
+        ``curvature_period``, ``inverse_period``,
+            ``batch_fraction``, ``sharing``, ``output``, ``seed``: see :class:`~natgrad.Preconditioner`.
+
+    Raises:
+        ValueError: as :class:`~natgrad.Preconditioner`, and for an automatic rate without a loss.
+
+    Example:
+        >>> import natgrad
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = natgrad.KFAC(model, loss="mse")
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 2)
+        >>> optimizer.zero_grad()
+        >>> torch.nn.functional.mse_loss(model(x), y).backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | nn.Module | Likelihood | None = None,
+        *,
+        lr: float | Literal["auto"] = "auto",
+        momentum: float | Literal["auto"] = "auto",
+        damping: float | tuple[float, float] | Literal["auto"] = "auto",
+        weight_decay: float = 0.0,
+        kl_clip: float | None = None,
+        **curvature: Unpack[CurvatureOptions],
+    ) -> None:
+        _check_number("lr", lr, "auto")
+        _check_number("momentum", momentum, "auto")
+        _check_number("weight_decay", weight_decay)
+        if "auto" in (lr, momentum) and loss is None:
+            raise ValueError('`lr="auto"` and `momentum="auto"` need to know the loss: pass `loss=`, or give numbers.')
+        if kl_clip is not None and lr == "auto":
+            raise ValueError("`kl_clip` bounds a given rate: pass a number as `lr`, or leave `kl_clip` out.")
+        self.preconditioner = Preconditioner(model, loss, damping=damping, kl_clip=kl_clip, **curvature)
+        self.automatic_lr, self.momentum = lr == "auto", momentum
+        super().__init__(self._groups(1.0 if lr == "auto" else float(lr), weight_decay), {})
+        self._names = {p: name for name, p in self.preconditioner.model.named_parameters()}
+        rest = [group["params"] for group in self.param_groups if group["fallback"]]
+        self._adamw = torch.optim.AdamW(rest[0]) if rest else None
+        self._diagnostics: dict[str, float] = {}
+        self._share_state()
+
+    def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        parts = self.preconditioner.partition
+        layers = [p for layer in parts.layers for p in layer.parameters]
+        rest = [self.preconditioner.model.get_parameter(name) for name in parts.reasons]
+        rest = list(dict.fromkeys(p for p in rest if p.requires_grad))
+        groups: list[dict[str, Any]] = [{"params": layers, "lr": lr, "weight_decay": weight_decay, "fallback": False}]
+        if rest:
+            groups.append({"params": rest, "lr": FALLBACK_RATE, "weight_decay": weight_decay, "fallback": True})
+        return groups
+
+    def _share_state(self) -> None:
+        self.preconditioner.state = self.state
+        if self._adamw is not None:
+            self._adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # torch's overloads
+        """Take one step; a step with a gradient or statistic that is not finite is skipped and counted.
+
+        Args:
+            closure: Recomputes and returns the loss, as for every torch optimizer.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: when there is no gradient, or a layer has one and was never seen running.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.preconditioner.update():
+            layers, *rest = self.param_groups
+            self._step_layers(layers)
+            if self._adamw is not None:
+                self._adamw.param_groups[0].update(lr=rest[0]["lr"], weight_decay=rest[0]["weight_decay"])
+                self._adamw.step()
+        return loss
+
+    def _step_layers(self, group: dict[str, Any]) -> None:
+        natural = self.preconditioner.directions()
+        if not natural:
+            return
+        if self.preconditioner.kl_clip is not None:
+            scale = clip_scale(natural, self.preconditioner.kl_clip / max(group["lr"], 1e-30) ** 2)
+            torch._foreach_mul_(list(natural.values()), scale)
+        previous = {p: self.state[p]["velocity"] for p in natural if "velocity" in self.state[p]}
+        alpha, mu = self._coefficients(group["lr"], natural, previous if len(previous) == len(natural) else {})
+        self._diagnostics.update(lr=alpha, momentum=mu)
+        for parameter, direction in natural.items():
+            if group["weight_decay"]:
+                parameter.mul_(1 - alpha * group["weight_decay"])
+            velocity = direction.mul_(-alpha)
+            if self.momentum != 0.0:
+                if parameter in previous:
+                    velocity.add_(previous[parameter], alpha=mu)
+                self.state[parameter]["velocity"] = velocity
+            parameter.add_(velocity.to(parameter.dtype))
+
+    def _coefficients(
+        self, lr: float, natural: dict[nn.Parameter, Tensor], previous: dict[nn.Parameter, Tensor]
+    ) -> tuple[float, float]:
+        """α and μ, given or from the quadratic model."""
+        given_lr = None if self.automatic_lr else lr
+        given_momentum = None if self.momentum == "auto" else float(self.momentum)
+        if given_lr is not None and (given_momentum is not None or not previous):
+            return given_lr, given_momentum or 0.0
+        pre = self.preconditioner
+        if pre.batch.inputs is None or pre.likelihood is None:
+            raise RuntimeError(
+                "`step()` with an automatic rate found no forward pass of the model since the last step."
+            )
+        directions = [{p: -d for p, d in natural.items()}, *([previous] if previous else [])]
+        M = quadratic.curvature_matrix(
+            pre.model,
+            pre.likelihood,
+            pre.batch.inputs,
+            pre.batch.terms,
+            [{self._names[p]: d for p, d in direction.items()} for direction in directions],
+            pre.capture.select,
+        )
+        b = torch.stack([_dot(direction) for direction in directions]).double()
+        c = quadratic.minimize(M, b, [given_lr, given_momentum][: len(directions)])
+        self._diagnostics["predicted_change"] = float(b @ c + 0.5 * c @ M @ c)
+        alpha, mu = (float(c[0]), float(c[1])) if previous else (float(c[0]), 0.0)
+        # With automatic rate, `lr` multiplies the whole step.
+        return (lr * alpha, lr * mu) if given_lr is None else (alpha, mu)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Plain numbers about the latest step, for any logger.
+
+        ``lr`` and ``momentum`` as they were applied, ``predicted_change`` of the loss where the quadratic model chose
+        them, and what :meth:`natgrad.Preconditioner.diagnostics` tells.
+        """
+        return {**self._diagnostics, **self.preconditioner.diagnostics()}
+
+
+def _dot(direction: dict[nn.Parameter, Tensor]) -> Tensor:
+    return torch.stack([torch.sum(d * p.grad) for p, d in direction.items() if p.grad is not None]).sum()
+
+
+def _check_number(name: str, value: float | str, word: str | None = None) -> None:
+    if value == word:
+        return
+    if not isinstance(value, float | int) or not value >= 0:
+        raise ValueError(f"`{name}` must be a non-negative number{f' or {word!r}' if word else ''}, not {value!r}.")

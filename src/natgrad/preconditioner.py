@@ -1,0 +1,316 @@
+"""Stage 6: gradients become natural gradients, by capture, invert, apply.
+
+:class:`Preconditioner` joins the stages below it for one model. Per step: fold the captured statistics into the running
+factors, refresh the inverses when they are due, and solve for each layer. Its state is tensors in a mapping from each
+layer's first parameter: ``A``, ``G`` and ``age`` (the running average), ``unit`` (the scale of the loss), what the
+inverse stores, and ``step``.
+"""
+
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from natgrad import damping as dampings
+from natgrad.capture import Batch, Capture, Fisher, check_fisher
+from natgrad.factors import Sharing, Statistics, choose_decay, resolve_sharing, update_average
+from natgrad.inverses import INVERSES
+from natgrad.layers import Layer, partition
+from natgrad.likelihoods import Likelihood, resolve
+
+State = MutableMapping[Tensor, dict[str, Any]]
+_logger = logging.getLogger("natgrad")
+
+
+class CurvatureOptions(TypedDict, total=False):
+    """What :class:`Preconditioner` and :class:`~natgrad.KFAC` both understand; documented at the former."""
+
+    fisher: Fisher
+    mc_samples: int
+    inverse: str
+    factor_decay: float | Literal["auto"]
+    curvature_period: int
+    inverse_period: int
+    batch_fraction: float | Literal["auto"]
+    sharing: Sharing | dict[str, Sharing]
+    output: Callable[[Any], Tensor] | None
+    seed: int
+
+
+class Preconditioner:
+    """Replace gradients by natural gradients, for any optimizer that follows.
+
+    Args:
+        model: The model, called as a whole in the training loop. Construct after moving it to its device and before the
+            first ``torch.compile``d call.
+        loss: ``"mse"``, ``"cross_entropy"``, ``"bce_with_logits"``, a torch loss module, or a
+            :class:`~natgrad.likelihoods.Likelihood`.
+        damping: A number (added to the block: exactly with ``inverse="eigen"``, split between the factors otherwise), a
+            pair (added to A, added to G), or ``"auto"``.
+        kl_clip: Upper bound on gᵀΔ, the squared length of the preconditioned gradient Δ in the curvature's norm; twice
+            the KL divergence of a step at rate 1. A longer Δ is scaled down.
+        fisher: ``"mc"``: the true Fisher by sampling; ``"exact"``: the same by one backward pass per output entry;
+            ``"empirical"``: from the gradients of the data's own targets; ``"forward"``: G = I.
+        mc_samples: Samples drawn per forward for ``"mc"``.
+        inverse: ``"cholesky"`` or ``"eigen"``.
+        factor_decay: Weight ρ of the running average of the factors; 0 uses the current batch alone, as ``"auto"`` does
+            for a layer to which the batch gives two rows for each dimension; with fewer it means 0.95.
+        curvature_period: Steps between updates of the factors.
+        inverse_period: Steps between updates of the inverses.
+        batch_fraction: Share of the data whose rows enter the factors; ``"auto"`` takes all of a small batch and, of a
+            large one, two rows for each dimension of the larger factor but no fewer than 2,048.
+        sharing: ``"expand"`` or ``"reduce"``, for all layers or by layer name.
+        output: From the model's return value to the tensor that the loss sees.
+        seed: Of the samples for ``"mc"``.
+
+    Raises:
+        ValueError: for arguments out of range, a loss whose curvature is unknown, or a model without a supported layer.
+
+    Example:
+        >>> import natgrad
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> preconditioner = natgrad.Preconditioner(model, loss="mse")
+        >>> torch.nn.functional.mse_loss(model(torch.randn(8, 3)), torch.randn(8, 2)).backward()
+        >>> preconditioner.step()
+        True
+        >>> optimizer.step()
+
+    Sources: Martens and Grosse (2015), arXiv:1503.05671; Grosse and Martens (2016), arXiv:1602.01407.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | nn.Module | Likelihood | None = None,
+        *,
+        damping: float | tuple[float, float] | Literal["auto"] = "auto",
+        kl_clip: float | None = None,
+        fisher: Fisher = "mc",
+        mc_samples: int = 1,
+        inverse: str = "cholesky",
+        factor_decay: float | Literal["auto"] = "auto",
+        curvature_period: int = 1,
+        inverse_period: int = 1,
+        batch_fraction: float | Literal["auto"] = "auto",
+        sharing: Sharing | dict[str, Sharing] = "expand",
+        output: Callable[[Any], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.likelihood = resolve(loss)
+        check_fisher(fisher, self.likelihood)
+        if inverse not in INVERSES:
+            raise ValueError(f"`inverse` must be one of {tuple(INVERSES)}, not {inverse!r}.")
+        check_positive(mc_samples=mc_samples, curvature_period=curvature_period, inverse_period=inverse_period)
+        if factor_decay != "auto" and not 0 <= factor_decay < 1:
+            raise ValueError(f'`factor_decay` must be in [0, 1) or "auto", not {factor_decay!r}.')
+        if batch_fraction != "auto" and not 0 < batch_fraction <= 1:
+            raise ValueError(f'`batch_fraction` must be in (0, 1] or "auto", not {batch_fraction!r}.')
+        if kl_clip is not None and not kl_clip > 0:
+            raise ValueError(f"`kl_clip` must be positive or None, not {kl_clip!r}.")
+        self.model = unwrap(model)
+        self.partition = partition(self.model)
+        self.partition.require_layers()
+        self.layers = self.partition.layers
+        self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
+        self.curvature_period, self.inverse_period = curvature_period, inverse_period
+        self.damping_rule = dampings.resolve(damping, inverse)
+        self.state: State = defaultdict(dict)
+        self.skipped_steps = 0
+        self.batch = Batch()
+        self._inverse = INVERSES[inverse]
+        self._diagnostics: dict[str, float] = {}
+        self.capture = Capture(
+            self.model,
+            self.layers,
+            self.likelihood,
+            fisher=fisher,
+            mc_samples=mc_samples,
+            batch_fraction=batch_fraction,
+            sharing=resolve_sharing(sharing, [layer.name for layer in self.layers]),
+            output=output,
+            seed=seed,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Number of steps taken, skipped ones not counted."""
+        return int(self._state(self.layers[0]).get("step", 0))
+
+    def step(self) -> bool:
+        """Replace ``.grad`` of every layer's parameters by the natural gradient.
+
+        Returns:
+            False when a gradient or a statistic was not finite: then the factors stay as they are, and every ``.grad``
+            of the model is set to None so that the optimizer's step that follows leaves the parameters alone too.
+
+        Raises:
+            RuntimeError: when there is no gradient, or a layer has one and was never seen running.
+        """
+        if not self.update():
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            return False
+        natural = self.directions()
+        scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.kl_clip)
+        for parameter, direction in natural.items():
+            assert parameter.grad is not None
+            parameter.grad.copy_(direction.mul_(scale))
+        return True
+
+    @torch.no_grad()
+    def update(self) -> bool:
+        """Fold in what was captured and refresh the inverses that are due; False if the step must be skipped."""
+        batch = self.capture.take()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not gradients:
+            raise RuntimeError("`step()` found no gradient: call `loss.backward()` before it.")
+        if not all_finite([*gradients, *(t for s in batch.statistics.values() for t in s.tensors())]):
+            self.skipped_steps += 1
+            _logger.warning("step %d skipped: a gradient or a statistic is not finite", self.steps)
+            return False
+        self.batch = batch
+        self._check_seen(batch)
+        for layer in self.layers:
+            if layer.name in batch.statistics:
+                self._update_factors(layer, batch.statistics[layer.name], batch)
+        self._refresh_inverses()
+        for layer in self.layers:
+            state = self._state(layer)
+            state["step"] = state.get("step", torch.zeros(())) + 1
+        self.capture.step = self.steps
+        self.capture.enabled = self.steps % self.curvature_period == 0
+        return True
+
+    @torch.no_grad()
+    def directions(self) -> dict[nn.Parameter, Tensor]:
+        """The natural gradient of every parameter that has factors and a gradient."""
+        natural: dict[nn.Parameter, Tensor] = {}
+        for layer in self.layers:
+            state = self._state(layer)
+            gradients = [p.grad for p in layer.parameters if p.grad is not None]
+            if "A" not in state or len(gradients) < len(layer.parameters):
+                continue
+            V = layer.to_matrix(gradients).to(state["A"].dtype)
+            solution = layer.from_matrix(self._inverse.solve(state, V))
+            natural.update(zip(layer.parameters, solution, strict=True))
+        return natural
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Running A, (in [+ 1], in [+ 1]), and G, (out, out), by layer name; kron(G, A) is the block over [W b]."""
+        states = {layer.name: self._state(layer) for layer in self.layers}
+        return {name: (state["A"], state["G"]) for name, state in states.items() if "A" in state}
+
+    def diagnostics(self) -> dict[str, float]:
+        """Plain numbers about the latest step, for any logger.
+
+        ``damping_a``, ``damping_g`` and ``damping`` are means over the layers, of what was added to A, G and the block.
+        """
+        return {"skipped_steps": float(self.skipped_steps), **self._diagnostics}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running factors and inverses by layer name."""
+        layers = {layer.name: dict(self._state(layer)) for layer in self.layers}
+        return {"layers": layers, "skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned, bitwise.
+
+        Raises:
+            ValueError: when the layers or their sizes are not this model's; nothing is loaded then.
+        """
+        layers: Mapping[str, Mapping[str, Tensor]] = state_dict["layers"]
+        ours = {layer.name: layer for layer in self.layers}
+        if layers.keys() != ours.keys():
+            differing = ", ".join(sorted(layers.keys() ^ ours.keys()))
+            raise ValueError(f"the state belongs to another model: these layers are in only one of them: {differing}.")
+        for name, tensors in layers.items():
+            sizes = tuple(tensors[key].shape[-1] for key in ("G", "A") if key in tensors)
+            if sizes and sizes != ours[name].shape:
+                raise ValueError(
+                    f"the state belongs to another model: layer {name!r} has factors G, A of sizes {ours[name].shape}, "
+                    f"the state {sizes}."
+                )
+        for name, tensors in layers.items():
+            device = ours[name].parameters[0].device
+            self.state[ours[name].parameters[0]] = {key: t.to(device, copy=True) for key, t in tensors.items()}
+        self.skipped_steps = state_dict["skipped_steps"]
+        self.resume()
+
+    def resume(self) -> None:
+        """Let the capture go on from the step that the state is at."""
+        self.capture.take()
+        self.capture.step = self.steps
+        self.capture.enabled = self.steps % self.curvature_period == 0
+
+    def _state(self, layer: Layer) -> dict[str, Any]:
+        return self.state[layer.parameters[0]]
+
+    def _check_seen(self, batch: Batch) -> None:
+        """A gradient without factors means that the hooks missed the layer, unless that gradient is zero."""
+        for layer in self.layers:
+            gradients = [p.grad for p in layer.parameters if p.grad is not None]
+            seen = layer.name in batch.statistics or "A" in self._state(layer)
+            if not seen and any(g.any() for g in gradients):
+                raise RuntimeError(
+                    f"layer {layer.name!r} has a gradient but natgrad saw no data pass through it. Call the model that "
+                    "was given to natgrad itself, not its parts, with gradients enabled, and construct natgrad before "
+                    "the first call of a `torch.compile`d model."
+                )
+            if not seen and not gradients and self.steps == 0:
+                warnings.warn(f"natgrad: layer {layer.name!r} received no data and no gradient.", stacklevel=4)
+
+    def _update_factors(self, layer: Layer, statistics: Statistics, batch: Batch) -> None:
+        terms = batch.terms if self.likelihood is None else 1.0 / self.likelihood.scale(batch.terms)  # 1 / R
+        # The user's gradients carry R once; the empirical Fisher is R Σ ∇c ∇cᵀ.
+        A, G = statistics.factors(terms if self.fisher == "empirical" else 1.0 / terms)
+        out = layer.shape[0]
+        if G is None:
+            identity = self.fisher == "forward"
+            G = torch.eye(out, dtype=A.dtype, device=A.device) if identity else A.new_zeros(out, out)
+        state = self._state(layer)
+        decay = choose_decay(statistics.rows, max(layer.shape)) if self.factor_decay == "auto" else self.factor_decay
+        update_average(state, A, G, decay)
+        state["unit"] = torch.tensor(1.0 if self.fisher == "forward" else batch.data / terms)
+
+    def _refresh_inverses(self) -> None:
+        due = self.steps % self.inverse_period == 0
+        applied: list[dampings.Damping] = []
+        for layer in self.layers:
+            state = self._state(layer)
+            if "A" in state and (due or self._inverse.names[0] not in state):
+                damping = self.damping_rule(state["A"], state["G"], state["unit"])
+                state.update(self._inverse.factorize(state["A"], state["G"], damping))
+                applied.append(damping)
+        if applied:
+            self._diagnostics = dampings.mean(applied)
+
+
+def clip_scale(natural: dict[nn.Parameter, Tensor], bound: float) -> float:
+    """What to multiply Δ by so that gᵀΔ stays below ``bound`` (Ba, Grosse and Martens 2017, section 5)."""
+    products = [torch.sum(d * p.grad) for p, d in natural.items() if p.grad is not None]
+    length = float(torch.stack(products).sum()) if products else 0.0
+    return min(1.0, (bound / length) ** 0.5) if length > 0 else 1.0
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether every entry is finite, with a single synchronization."""
+    largest = torch._foreach_norm([t for t in tensors if t.numel()], torch.inf)
+    return bool(torch.stack([value.double() for value in largest]).isfinite().all())
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise a ``ValueError`` for a keyword below one."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"`{name}` must be at least 1, not {number!r}.")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside a data-parallel wrapper."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, wrappers) else model
