@@ -1,0 +1,176 @@
+"""What a run writes, so that nothing measured is lost and everything can be redrawn.
+
+| file | content | written |
+|---|---|---|
+| `config.json` | the settings | at the start |
+| `environment.json` | versions, threads, processor, command line; one more entry a resumption | at the start |
+| `metrics.jsonl` | one record a line | appended and flushed after every step |
+| `checkpoint.pt` | state of every contestant | every minute, at the end, when interrupted |
+| `curves.png`, `table.md` | the results | at the end, and by ``natgrad compare`` |
+
+All but the metrics are replaced atomically (written beside, then renamed): a file is either the old one or the new one.
+"""
+
+import json
+import os
+import pickle
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import natgrad
+from natgrad.experiments.contestants import Contestant, Record
+from natgrad.experiments.settings import LIMITS, Settings, SettingsError
+
+CONFIG, ENVIRONMENT, METRICS, CHECKPOINT = "config.json", "environment.json", "metrics.jsonl", "checkpoint.pt"
+CURVES, TABLE = "curves.png", "table.md"
+
+
+class RunFolder:
+    """The files of one run. Make one with `create` or `reopen`.
+
+    Attributes:
+        path: The folder.
+        settings: What its `config.json` says.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path = path
+        self.settings = settings
+
+    @classmethod
+    def create(cls, path: Path, settings: Settings, *, overwrite: bool = False) -> "RunFolder":
+        """Start a new run.
+
+        Raises:
+            SettingsError: The folder already holds a run and ``overwrite`` is off.
+        """
+        if (path / METRICS).exists() or (path / CONFIG).exists():
+            if not overwrite:
+                raise SettingsError(
+                    f"{path} already holds a run: go on with `--resume {path}`, give another `--out`, "
+                    "or add `--overwrite`"
+                )
+            for name in (CHECKPOINT, METRICS, CURVES, TABLE, ENVIRONMENT, CONFIG):
+                (path / name).unlink(missing_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        _write_json(path / CONFIG, settings.to_json())
+        _write_json(path / ENVIRONMENT, environment())
+        (path / METRICS).touch()
+        return cls(path, settings)
+
+    @classmethod
+    def reopen(cls, path: Path, given: dict[str, Any]) -> "RunFolder":
+        """Go on with a run, with its own settings; of the ``given`` ones only the limits may differ.
+
+        If a limit is given, the run's former limits no longer count.
+
+        Raises:
+            SettingsError: There is no run to go on with, or it was made with other settings.
+        """
+        settings = read_settings(path)
+        if not (path / CHECKPOINT).exists():
+            raise SettingsError(
+                f"{path} has no {CHECKPOINT} (one is saved every minute and at the end): start it again with "
+                f"`--out {path} --overwrite`"
+            )
+        if differences := settings.differences(given):
+            listed = "; ".join(f"{name} was {ours}, not {theirs}" for name, (ours, theirs) in differences.items())
+            raise SettingsError(
+                f"{path} was made with other settings ({listed}): leave those options out, or start a new run with "
+                f"`--out`; only {' and '.join(LIMITS)} may change on the way"
+            )
+        if any(name in given for name in LIMITS):
+            settings = Settings.from_json({**settings.to_json(), **{name: given.get(name) for name in LIMITS}})
+        _write_json(path / CONFIG, settings.to_json())
+        earlier = json.loads((path / ENVIRONMENT).read_text())
+        _write_json(path / ENVIRONMENT, {**earlier, "resumed": [*earlier.get("resumed", []), environment()]})
+        return cls(path, settings)
+
+    def append(self, record: Record) -> None:
+        """Add one record to the metrics; it is on its way to the disk when this returns."""
+        with (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+
+    def save_checkpoint(self, contestants: Sequence[Contestant]) -> None:
+        """Save what `load_checkpoint` needs. Call it between steps only: half a step is not a state to go on from."""
+        state = {contestant.name: contestant.state_dict() for contestant in contestants}
+        write_atomically(self.path / CHECKPOINT, lambda path: torch.save(state, path))
+
+    def load_checkpoint(self, contestants: Sequence[Contestant]) -> None:
+        """Put every contestant back where the checkpoint left it, and drop the records of steps it will take again.
+
+        Raises:
+            SettingsError: The file cannot be read as a checkpoint.
+        """
+        try:
+            state = torch.load(self.path / CHECKPOINT, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise SettingsError(f"{self.path / CHECKPOINT} cannot be read: {error}") from error
+        for contestant in contestants:
+            contestant.load_state_dict(state[contestant.name])
+        kept = [r for r in read_records(self.path) if r.step < state[r.optimizer]["step"]]
+        text = "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in kept)
+        write_atomically(self.path / METRICS, lambda path: path.write_text(text))
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings of the run in a folder.
+
+    Raises:
+        SettingsError: The folder holds no run.
+    """
+    try:
+        return Settings.from_json(json.loads((path / CONFIG).read_text()))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SettingsError(f"{path} holds no run ({CONFIG} is missing): name a folder that `--out` wrote") from error
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of the run in a folder, in the order they were measured."""
+    lines = (path / METRICS).read_text().splitlines(keepends=True)
+    # A process that was killed may have left half a line at the end.
+    return [Record(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: readers never see half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def environment() -> dict[str, Any]:
+    """What the timings depend on besides the settings."""
+    return {
+        "command": shlex.join(sys.argv),
+        "natgrad": natgrad.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _processor() -> str:
+    # On Linux `platform.processor()` is empty or just the architecture; the kernel knows the model.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
