@@ -1,13 +1,10 @@
 """K-FAC from scratch: a matrix product whose backward pass has three modes. `python examples/from_scratch.py`, 10 s.
 
-Take a layer z = W x of a deep *linear* network under the loss ½‖f − y‖², averaged over N images. Its Hessian is G ⊗ A:
-A is the second moment of the layer's inputs x, and G that of Gaussian errors at the output f, propagated back to z.
-Newton's step therefore whitens the gradient on both sides (docs/derivation.md has the whole story):
+Under ½‖f − y‖², averaged over the images, a layer z = W x of a deep *linear* network has the Hessian G ⊗ A: A is the
+second moment of the inputs x, and G that of Gaussian errors at the output f, propagated back to z. Newton's step is
 
     W  ←  W − rate · G⁻¹ ∇W A⁻¹
-
-In a network that is not linear the step is an approximation. Here it trains a deep sigmoid autoencoder, which gradient
-descent leaves drawing nothing but the mean image, at a loss of 26.
+and whitens the gradient on both sides (docs/derivation.md). In a net with sigmoids it is an approximation that works.
 """
 
 from itertools import pairwise
@@ -80,4 +77,4 @@ if __name__ == "__main__":
             loss = backward(layers, images, torch.randn_like(images) if kfac else None)
             optimizer.step()
             print(f"{method}, step {step}: loss {loss:.2f}")
-        assert loss < 15 if kfac else loss > 25
+        assert loss < 15 if kfac else loss > 25  # gradient descent is left drawing the mean image, which costs 26

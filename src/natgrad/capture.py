@@ -135,6 +135,11 @@ class Capture:
                 f"the model returned {type(output).__name__}, not a tensor: pass `output=` to natgrad to select the "
                 "tensor that the loss sees, for instance `output=lambda out: out.logits`."
             )
+        if output.ndim < 1:
+            raise ValueError(
+                "the model returned a scalar, and natgrad needs the output with the data as its first dimension: pass "
+                "`output=` to select the tensor that the loss sees."
+            )
         if self.likelihood is not None:
             self.likelihood.check(output)
         return output

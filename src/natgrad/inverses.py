@@ -86,7 +86,9 @@ def invert(factor: Tensor, damping: Tensor | float, name: str) -> Tensor:
 
 def _invert_carefully(damped: Tensor, name: str) -> Tensor:
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # A factor that is zero, as behind dead units, must have an inverse that float32 can hold: infinity times the zero
+    # gradient that goes with it is not a number.
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny / FIRST_JITTER)
     jitter = 0.0
     while True:
         L, info = torch.linalg.cholesky_ex(damped)

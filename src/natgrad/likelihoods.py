@@ -38,8 +38,7 @@ class Likelihood(ABC):
 
     Args:
         reduction: ``"mean"`` and ``"sum"`` as torch's loss modules mean them; ``"batchmean"`` sums the criterion over
-        each
-            datum's outputs and averages over the data.
+            each datum's outputs and averages over the data.
     """
 
     def __init__(self, reduction: Reduction = "mean") -> None:
@@ -120,7 +119,8 @@ class Bernoulli(Likelihood):
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """p − y with y drawn from Bernoulli(p)."""
         p = torch.sigmoid(output)
-        return p - torch.bernoulli(p, generator=generator)
+        # What is not a number must reach the statistics, so that the step is skipped, and not `bernoulli`.
+        return p - torch.bernoulli(p.nan_to_num(nan=0.0), generator=generator)
 
     def columns(self, output: Tensor) -> Iterator[Tensor]:
         """√(p(1 − p)) at one entry of every datum at a time."""
@@ -154,7 +154,8 @@ class Categorical(Likelihood):
         """p − onehot(y) with y drawn from the categorical distribution p."""
         p = torch.softmax(output, dim=1)
         rows = p.movedim(1, -1).reshape(-1, p.shape[1])
-        drawn = torch.multinomial(rows, 1, generator=generator)
+        # What is not a number must reach the statistics, so that the step is skipped, and not `multinomial`.
+        drawn = torch.multinomial(rows.nan_to_num(nan=1.0), 1, generator=generator)
         onehot = torch.zeros_like(rows).scatter_(1, drawn, 1.0)
         return p - onehot.reshape(p.movedim(1, -1).shape).movedim(-1, 1)
 
@@ -227,7 +228,7 @@ def _from_module(module: nn.Module) -> Likelihood:
             f"`loss={module!r}`: natgrad knows {', '.join(k.__name__ for k in kinds)}. For another loss pass a "
             "`natgrad.likelihoods.Likelihood` with the same curvature."
         )
-    for option, neutral in (("weight", None), ("pos_weight", None), ("label_smoothing", 0.0)):
+    for option, neutral in (("weight", None), ("pos_weight", None), ("label_smoothing", 0.0), ("ignore_index", -100)):
         value = getattr(module, option, neutral)
         if value is not None and value != neutral:
             raise ValueError(f"`loss={module!r}`: the option {option!r} is not supported; leave it at {neutral!r}.")

@@ -31,11 +31,13 @@ class KFAC(torch.optim.Optimizer):
         loss: As for :class:`~natgrad.Preconditioner`.
         lr: A number, or ``"auto"``: the minimizer of the exact quadratic model. ``group["lr"]`` is then a factor that
             multiplies it, 1 to begin with, so that schedulers work in both cases.
-        momentum: A number, or ``"auto"``: as for ``lr``. damping: As for :class:`~natgrad.Preconditioner`.
-        weight_decay: Decoupled: per step, parameters shrink by this times the rate. kl_clip: Upper bound on lr² gᵀΔ;
-        for a numeric ``lr`` only. **curvature: ``fisher``, ``mc_samples``, ``inverse``, ``factor_decay``,
-        ``curvature_period``, ``inverse_period``,
-            ``batch_fraction``, ``sharing``, ``output``, ``seed``: see :class:`~natgrad.Preconditioner`.
+        momentum: A number, or ``"auto"``: as for ``lr``.
+        damping: As for :class:`~natgrad.Preconditioner`.
+        weight_decay: Decoupled: per step, parameters shrink by this times the rate.
+        kl_clip: Upper bound on lr² gᵀΔ; for a numeric ``lr`` only.
+        **curvature: ``fisher``, ``mc_samples``, ``inverse``, ``factor_decay``, ``curvature_period``,
+            ``inverse_period``, ``batch_fraction``, ``sharing``, ``output``, ``seed``: see
+            :class:`~natgrad.Preconditioner`.
 
     Raises:
         ValueError: as :class:`~natgrad.Preconditioner`, and for an automatic rate without a loss.
@@ -166,6 +168,26 @@ class KFAC(torch.optim.Optimizer):
         alpha, mu = (float(c[0]), float(c[1])) if previous else (float(c[0]), 0.0)
         # With automatic rate, `lr` multiplies the whole step.
         return (lr * alpha, lr * mu) if given_lr is None else (alpha, mu)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, bitwise: each tensor keeps its own dtype, whatever the parameter's.
+
+        Raises:
+            ValueError: when the groups, layers or their sizes are not this model's; nothing is loaded then.
+        """
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        ours = [parameter for group in self.param_groups for parameter in group["params"]]
+        loaded = {p: state_dict["state"].get(index, {}) for index, p in zip(saved, ours, strict=False)}
+        pre = self.preconditioner
+        pre.check_state({layer.name: loaded.get(layer.parameters[0], {}) for layer in pre.layers})
+        super().load_state_dict(state_dict)
+        # torch casts state to the dtype of its parameter, or else shares its memory with `state_dict`.
+        for parameter, state in loaded.items():
+            cast = self.state[parameter]
+            cast.update({key: t.to(cast[key].device, copy=True) for key, t in state.items()})
+        self._share_state()
+        pre.resume()
 
     def diagnostics(self) -> dict[str, float]:
         """Plain numbers about the latest step, for any logger.

@@ -106,11 +106,11 @@ class Preconditioner:
         if inverse not in INVERSES:
             raise ValueError(f"`inverse` must be one of {tuple(INVERSES)}, not {inverse!r}.")
         check_positive(mc_samples=mc_samples, curvature_period=curvature_period, inverse_period=inverse_period)
-        if factor_decay != "auto" and not 0 <= factor_decay < 1:
+        if factor_decay != "auto" and not (is_number(factor_decay) and 0 <= factor_decay < 1):
             raise ValueError(f'`factor_decay` must be in [0, 1) or "auto", not {factor_decay!r}.')
-        if batch_fraction != "auto" and not 0 < batch_fraction <= 1:
+        if batch_fraction != "auto" and not (is_number(batch_fraction) and 0 < batch_fraction <= 1):
             raise ValueError(f'`batch_fraction` must be in (0, 1] or "auto", not {batch_fraction!r}.')
-        if kl_clip is not None and not kl_clip > 0:
+        if kl_clip is not None and not (is_number(kl_clip) and kl_clip > 0):
             raise ValueError(f"`kl_clip` must be positive or None, not {kl_clip!r}.")
         self.model = unwrap(model)
         self.partition = partition(self.model)
@@ -164,7 +164,13 @@ class Preconditioner:
 
     @torch.no_grad()
     def update(self) -> bool:
-        """Fold in what was captured and refresh the inverses that are due; False if the step must be skipped."""
+        """Fold in what was captured and refresh the inverses that are due.
+
+        Returns:
+            False if the step must be skipped: something is not finite, or there was no forward pass and all gradients
+            are zero. The latter is how checkpoint tools make an optimizer create its state; it is not counted as a
+            step.
+        """
         batch = self.capture.take()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not gradients:
@@ -172,6 +178,8 @@ class Preconditioner:
         if not all_finite([*gradients, *(t for s in batch.statistics.values() for t in s.tensors())]):
             self.skipped_steps += 1
             _logger.warning("step %d skipped: a gradient or a statistic is not finite", self.steps)
+            return False
+        if not batch.forwards and not any(g.any() for g in gradients):
             return False
         self.batch = batch
         self._check_seen(batch)
@@ -224,6 +232,16 @@ class Preconditioner:
             ValueError: when the layers or their sizes are not this model's; nothing is loaded then.
         """
         layers: Mapping[str, Mapping[str, Tensor]] = state_dict["layers"]
+        self.check_state(layers)
+        for layer in self.layers:
+            parameter = layer.parameters[0]
+            tensors = layers[layer.name]
+            self.state[parameter] = {key: t.to(parameter.device, copy=True) for key, t in tensors.items()}
+        self.skipped_steps = state_dict["skipped_steps"]
+        self.resume()
+
+    def check_state(self, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Raise a ``ValueError`` when state by layer name has other layers or sizes than this model."""
         ours = {layer.name: layer for layer in self.layers}
         if layers.keys() != ours.keys():
             differing = ", ".join(sorted(layers.keys() ^ ours.keys()))
@@ -235,11 +253,6 @@ class Preconditioner:
                     f"the state belongs to another model: layer {name!r} has factors G, A of sizes {ours[name].shape}, "
                     f"the state {sizes}."
                 )
-        for name, tensors in layers.items():
-            device = ours[name].parameters[0].device
-            self.state[ours[name].parameters[0]] = {key: t.to(device, copy=True) for key, t in tensors.items()}
-        self.skipped_steps = state_dict["skipped_steps"]
-        self.resume()
 
     def resume(self) -> None:
         """Let the capture go on from the step that the state is at."""
@@ -304,10 +317,15 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
 
 def check_positive(**numbers: int) -> None:
-    """Raise a ``ValueError`` for a keyword below one."""
+    """Raise a ``ValueError`` for a keyword that is not a whole number from one on."""
     for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"`{name}` must be at least 1, not {number!r}.")
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, not {number!r}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether a keyword, which may also be a word, is a number."""
+    return isinstance(value, float | int)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ backpropagated. Minimizing over c gives rate and momentum at once: d₁ is the n
 Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from natgrad.capture import ForwardInputs
+from natgrad.factors import at_least_float32
 from natgrad.likelihoods import Likelihood
 
-# Data on which the model is evaluated. The relative error of M falls as its inverse square root; at 1,024 it is near 2
-# %.
+# Data on which the model is evaluated. The relative error of M falls as its inverse square root; at 1,024 it is
+# near 2 %.
 MAX_DATA = 1024
 
 
@@ -48,17 +50,22 @@ def curvature_matrix(
     """
     args, kwargs = subsample(inputs, max_data)
     parameters = {name: model.get_parameter(name).detach() for name in directions[0]}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     def output(moving: dict[str, Tensor]) -> Tensor:
+        # Copies made in here may be written to under differentiation; captured ones may not.
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         return select(functional_call(model, {**moving, **buffers}, args, kwargs))
 
     at, products = torch.empty(0), []
     for direction in directions:
+        tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
         # The same dropout for every direction, and the user's random stream as it was.
-        with torch.random.fork_rng(devices=_devices(parameters)):
-            at, product = torch.func.jvp(output, (parameters,), (direction,))
-        products.append(product)
+        with torch.random.fork_rng(devices=_devices(parameters)), warnings.catch_warnings():
+            # torch 2.13 warns of its own use of it, at the first call.
+            warnings.filterwarnings("ignore", message="`torch.jit.script`", category=DeprecationWarning)
+            at, product = torch.func.jvp(output, (parameters,), (tangent,))
+        products.append(at_least_float32(product))
+    at = at_least_float32(at)
     J = torch.stack([product.flatten() for product in products])
     HJ = torch.stack([likelihood.hessian_product(at, product).flatten() for product in products])
     return likelihood.scale(terms) * (terms / likelihood.terms(at)) * (J @ HJ.mT).double()

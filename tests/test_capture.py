@@ -1,0 +1,273 @@
+"""Capture: what is watched, what is drawn, which data enter, and what is refused. The oracle checks the numbers."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+import natgrad
+from linear_cases import assert_blocks, product_blocks, stack
+from natgrad import capture
+from natgrad.capture import Batch
+from natgrad.likelihoods import Gaussian
+
+pytestmark = pytest.mark.usefixtures("float64")
+every_fisher = pytest.mark.parametrize("fisher", ["mc", "exact", "empirical", "forward"])
+
+
+def network(*widths: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return stack(widths or (3, 4, 2))
+
+
+def take_step(preconditioner: natgrad.Preconditioner, x: Tensor) -> None:
+    preconditioner.model.zero_grad()
+    preconditioner.model(x).square().sum().backward()
+    preconditioner.step()
+
+
+# When there is something to capture.
+
+
+@every_fisher
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_captured(fisher: str, mode: Callable[[], Any]) -> None:
+    """An evaluation between two steps must not enter the factors."""
+    preconditioner = natgrad.Preconditioner(network(), "mse", fisher=fisher)
+    with mode():
+        preconditioner.model(torch.randn(5, 3))
+    assert preconditioner.capture.batch == Batch()
+
+
+def test_a_layer_called_on_its_own_is_not_captured() -> None:
+    preconditioner = natgrad.Preconditioner(network(), "mse")
+    preconditioner.model[0](torch.randn(5, 3))
+    assert preconditioner.capture.batch == Batch()
+
+
+def test_while_disabled_forwards_are_counted_and_statistics_are_not_gathered() -> None:
+    preconditioner = natgrad.Preconditioner(network(), "mse")
+    preconditioner.capture.enabled = False
+    preconditioner.model(torch.randn(5, 3))
+    batch = preconditioner.capture.batch
+    assert (batch.forwards, batch.data, batch.terms, batch.statistics) == (1, 5, 10, {})
+
+
+def test_empirical_gradients_arrive_during_the_backward_pass() -> None:
+    preconditioner = natgrad.Preconditioner(network(), "mse", fisher="empirical")
+    loss = preconditioner.model(torch.randn(5, 3)).square().sum()
+    statistics = preconditioner.capture.batch.statistics
+    assert statistics.keys() == {"0", "2"}
+    assert all(s.G is None for s in statistics.values())
+    loss.backward()
+    assert all(s.G is not None for s in statistics.values())
+
+
+class Discarding(nn.Module):
+    """Computes what it does not return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.discarded = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.discarded(x)
+        return self.used(x)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_a_layer_that_the_output_does_not_depend_on_has_a_zero_factor(fisher: str) -> None:
+    preconditioner = natgrad.Preconditioner(Discarding(), "mse", fisher=fisher)
+    take_step(preconditioner, torch.randn(5, 3))
+    _, G = preconditioner.factors()["discarded"]
+    assert torch.equal(G, torch.zeros(2, 2))
+    assert preconditioner.model.discarded.weight.grad is None
+
+
+# How the model may be written.
+
+
+class Dictionary(nn.Module):
+    """Returns more than its logits, and calls its layers by keyword."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = torch.tanh(self.layers[0](input=x))
+        return {"hidden": hidden, "logits": self.layers[2](input=hidden)}
+
+
+@every_fisher
+def test_output_selects_and_layers_take_keywords(fisher: str) -> None:
+    model, x, y = network(), torch.randn(5, 3), torch.randn(5, 2)
+    plain = product_blocks(model, "mse", mse_loss, (x, y), fisher=fisher)
+    blocks = product_blocks(
+        Dictionary(model),
+        "mse",
+        lambda out, y: mse_loss(out["logits"], y),
+        (x, y),
+        fisher=fisher,
+        output=lambda out: out["logits"],
+    )
+    assert_blocks(blocks, {f"layers.{name}": block for name, block in plain.items()}, 1e-14)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "forward"])
+def test_autocast_does_not_round_the_statistics(fisher: str) -> None:
+    """Only the first layer's input is not rounded by autocast itself; 1 + 2⁻¹² is 1 in bfloat16."""
+    model = network().float()
+    preconditioner = natgrad.Preconditioner(model, "mse", fisher=fisher)
+    x = torch.full((4, 3), 1 + 2.0**-12, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    assert out.dtype == torch.bfloat16
+    statistics = preconditioner.capture.batch.statistics["0"]
+    assert {t.dtype for t in statistics.tensors()} == {torch.float32}
+    assert statistics.A[0, 0] == 4 * (1 + 2.0**-12) ** 2
+
+
+# Draws.
+
+
+class Recorder(Gaussian):
+    """Remembers every sample that it drew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[Tensor] = []
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        self.drawn.append(super().sample(output, generator))
+        return self.drawn[-1]
+
+
+def test_every_step_micro_batch_sample_and_seed_draws_anew() -> None:
+    x, drawn = torch.randn(4, 3), []
+    for seed in (0, 1):
+        recorder = Recorder()
+        preconditioner = natgrad.Preconditioner(network(), recorder, mc_samples=2, seed=seed)
+        for _ in range(3):
+            preconditioner.model(x)  # a micro-batch more
+            take_step(preconditioner, x)
+        drawn += recorder.drawn
+    assert len(drawn) == 24
+    assert len({tuple(t.flatten().tolist()) for t in drawn}) == 24
+
+
+def test_the_same_step_draws_the_same_after_a_reload() -> None:
+    x = torch.randn(4, 3)
+    first, second = (natgrad.Preconditioner(network(), Recorder()) for _ in range(2))
+    for step in range(4):
+        if step == 2:
+            second.load_state_dict(first.state_dict())
+        take_step(first, x)
+    take_step(second, x)
+    take_step(second, x)
+    assert all(map(torch.equal, second.likelihood.drawn, first.likelihood.drawn[2:]))
+    assert len(second.likelihood.drawn) == 2
+
+
+class Constant(Gaussian):
+    """Draws the same every time."""
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.ones_like(output)
+
+
+def test_samples_are_averaged() -> None:
+    model, data = network(), (torch.randn(5, 3), torch.randn(5, 2))
+    one, three = (product_blocks(model, Constant(), mse_loss, data, mc_samples=k) for k in (1, 3))
+    assert_blocks(three, one, 1e-14)
+
+
+# Which data enter.
+
+
+@every_fisher
+@pytest.mark.parametrize("fraction", [0.5, 0.25, 0.125])
+@pytest.mark.parametrize("shape", [(1, 3), (1, 2, 3)])
+def test_a_fraction_of_identical_data_gives_all_of_them(fisher: str, fraction: float, shape: tuple[int, ...]) -> None:
+    """Catches a G that is not scaled up from the data used to all data."""
+    model, x = network(), torch.randn(shape)
+    data = x.expand(8, *shape[1:]), torch.randn(*shape[:-1], 2).expand(8, *shape[1:-1], 2)
+    told = Constant() if fisher == "mc" else "mse"
+    whole = product_blocks(model, told, mse_loss, data, fisher=fisher)
+    assert_blocks(product_blocks(model, told, mse_loss, data, fisher=fisher, batch_fraction=fraction), whole, 1e-12)
+
+
+def chosen(preconditioner: natgrad.Preconditioner, n: int) -> list[int]:
+    """Which of n one-hot data entered the first layer's A in a forward pass."""
+    preconditioner.model(torch.eye(n))
+    A = preconditioner.capture.take().statistics["0"].A
+    return A.diagonal()[:n].nonzero().flatten().tolist()
+
+
+def test_a_fraction_is_every_kth_datum_from_a_random_start() -> None:
+    """Were the start always the same, data at the other places of a sorted batch would never be seen."""
+    preconditioner = natgrad.Preconditioner(network(8, 2), "mse", batch_fraction=0.25)
+    state, sets = random.getstate(), []
+    for step in range(24):
+        preconditioner.capture.step = step
+        sets.append(tuple(chosen(preconditioner, 8)))
+    assert set(sets) == {(start, start + 4) for start in range(4)}
+    assert random.getstate() == state
+
+
+@pytest.mark.parametrize(("n", "expected"), [(23, 23), (24, 12), (35, 18), (36, 12), (48, 12)])
+def test_auto_keeps_two_rows_for_each_dimension(n: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The larger factor, of size 6, wants 12 rows; fewer than twice as many are all taken."""
+    monkeypatch.setattr(capture, "MIN_ROWS", 10)
+    preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
+    preconditioner.model(torch.randn(n, 5))
+    assert abs(preconditioner.capture.batch.statistics["0"].rows - expected) <= 1
+
+
+def test_auto_counts_positions_and_keeps_a_least_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "MIN_ROWS", 30)
+    preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
+    preconditioner.model(torch.randn(12, 10, 5))  # 120 rows: every fourth datum
+    assert preconditioner.capture.batch.statistics["0"].rows == 30
+
+
+# What is refused.
+
+
+class Returns(nn.Module):
+    """One layer, and whatever is made of its output."""
+
+    def __init__(self, then: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.then = nn.Linear(3, 2), then
+
+    def forward(self, x: Tensor) -> Any:
+        return self.then(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("then", "options", "error", "text"),
+    [
+        (lambda z: (z, z), {}, TypeError, "the model returned tuple, not a tensor: pass `output=`"),
+        (lambda z: {"logits": z}, {}, TypeError, "for instance `output=lambda out: out.logits`"),
+        (lambda z: z, {"output": lambda out: [out]}, TypeError, "the model returned list"),
+        (lambda z: z[:, 0], {}, ValueError, 'use loss="bce_with_logits"'),
+        (lambda z: z[:, :1], {}, ValueError, "at least two classes, and the model returned (5, 1)"),
+        (lambda z: z.mean(), {}, ValueError, "the model returned a scalar"),
+        (lambda z: z.mean(), {"loss": None, "fisher": "empirical"}, ValueError, "the model returned a scalar"),
+        (lambda z: z.round().long(), {}, ValueError, "needs a floating point output"),
+    ],
+)
+def test_outputs_that_are_refused(
+    then: Callable[[Tensor], Any], options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    preconditioner = natgrad.Preconditioner(Returns(then), **{"loss": "cross_entropy", **options})
+    with pytest.raises(error, match="output") as raised:
+        preconditioner.model(torch.randn(5, 3))
+    assert text in str(raised.value)
+    with torch.no_grad():  # evaluation stays possible
+        preconditioner.model(torch.randn(5, 3))

@@ -1,0 +1,80 @@
+"""Damping rules against their formulas."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from natgrad import damping
+from natgrad.damping import ABSOLUTE_G, RELATIVE_A, Damping
+
+pytestmark = pytest.mark.usefixtures("float64")
+NO_UNIT = torch.tensor(torch.nan)
+
+
+def factors() -> tuple[Tensor, Tensor]:
+    """Mean diagonals 4 and 0.25."""
+    return torch.tensor([[6.0, 1.0], [1.0, 2.0]]), torch.tensor([[0.1, 0.2, 0.0], [0.2, 0.5, 0.0], [0.0, 0.0, 0.15]])
+
+
+def numbers(d: Damping) -> tuple[float, float, float]:
+    return float(d.a), float(d.g), d.product
+
+
+def test_split_is_in_proportion_to_the_mean_eigenvalues() -> None:
+    """π = 4, so that both factors are damped by the same share: catches the trace in place of the mean."""
+    a, g, product = numbers(damping.pi_split(0.01)(*factors(), NO_UNIT))
+    assert (a, g, product) == pytest.approx((0.4, 0.025, 0.0))
+    assert a / 4 == pytest.approx(g / 0.25)
+    assert a * g == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("zero", [(True, False), (False, True), (True, True)])
+def test_split_is_equal_where_a_factor_is_zero(zero: tuple[bool, bool]) -> None:
+    """Behind dead units π would be 0, infinite or not a number."""
+    A, G = (factor * (not z) for factor, z in zip(factors(), zero, strict=True))
+    assert numbers(damping.pi_split(0.01)(A, G, NO_UNIT)) == pytest.approx((0.1, 0.1, 0.0))
+
+
+def test_automatic_is_relative_for_inputs_and_absolute_for_gradients() -> None:
+    A, G = factors()
+    unit = torch.tensor(0.2)
+    expected = (RELATIVE_A * 4, ABSOLUTE_G * 0.2, 0.0)
+    assert numbers(damping.automatic(A, G, unit)) == pytest.approx(expected)
+    assert numbers(damping.automatic(A, 1e-9 * G, unit)) == pytest.approx(expected)
+    # A loss in other units has its block, and so its damping, scaled; inputs in other units likewise.
+    assert numbers(damping.automatic(A, 7 * G, 7 * unit))[1] == pytest.approx(7 * expected[1])
+    assert numbers(damping.automatic(9 * A, G, unit))[0] == pytest.approx(9 * expected[0])
+
+
+@pytest.mark.parametrize(
+    ("told", "inverse", "expected"),
+    [
+        ((0.3, 0.02), "cholesky", (0.3, 0.02, 0.0)),
+        ((0.3, 0.02), "eigen", (0.3, 0.02, 0.0)),
+        (0.01, "cholesky", (0.4, 0.025, 0.0)),
+        (0.01, "eigen", (0.0, 0.0, 0.01)),
+        (0, "eigen", (0.0, 0.0, 0.0)),
+        (0, "cholesky", (0.0, 0.0, 0.0)),
+    ],
+)
+def test_what_the_argument_means(told: float | tuple[float, float], inverse: str, expected: tuple[float, ...]) -> None:
+    assert numbers(damping.resolve(told, inverse)(*factors(), NO_UNIT)) == pytest.approx(expected)
+
+
+def test_auto_is_the_automatic_rule_for_every_inverse() -> None:
+    assert damping.resolve("auto", "cholesky") is damping.resolve("auto", "eigen") is damping.automatic
+
+
+@pytest.mark.parametrize(
+    "told", [-1.0, (0.1, -0.1), (0.1, 0.1, 0.1), (), "large", [0.1, 0.1], None, float("nan"), (0.1, "auto")]
+)
+def test_damping_that_is_refused(told: object) -> None:
+    with pytest.raises(ValueError, match="`damping` must be a number, a pair of numbers") as raised:
+        damping.resolve(told, "cholesky")
+    assert str(raised.value).endswith(f'or "auto"; not {told!r}.')
+
+
+def test_means_over_layers_are_plain_numbers() -> None:
+    mean = damping.mean([Damping(torch.tensor(1.0), 2.0, 0.5), Damping(3.0, torch.tensor(6.0), 0.5)])
+    assert mean == {"damping_a": 2.0, "damping_g": 4.0, "damping": 0.5}
+    assert all(type(value) is float for value in mean.values())
