@@ -87,6 +87,28 @@ def test_eigen_inverts_the_damped_block_exactly(bias: bool, damping: float) -> N
         assert relative_error(after[name], expected) < 1e-8
 
 
+def test_factors_are_a_weighted_mean_without_a_bias_to_the_start() -> None:
+    """Catches a first batch that counts as if it had been there for ever."""
+    model = network(bias=True)
+    batches = [(torch.randn(9, 3), torch.randint(5, (9,))) for _ in range(3)]
+    weights = [0.25, 0.5, 1.0]
+
+    def factors(decay: float, batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        copied = copy.deepcopy(model)
+        preconditioner = natgrad.Preconditioner(
+            copied, "cross_entropy", fisher="exact", factor_decay=decay, damping=1.0, batch_fraction=1.0
+        )
+        for x, y in batches:
+            cross_entropy(copied(x), y).backward()
+            preconditioner.step()
+        return [factor for pair in preconditioner.factors().values() for factor in pair]
+
+    single = [factors(0.0, [batch]) for batch in batches]
+    for running, *seen in zip(factors(0.5, batches), *single, strict=True):
+        expected = sum(w * F for w, F in zip(weights, seen, strict=True)) / sum(weights)
+        assert relative_error(running, expected) < 1e-12
+
+
 def test_undamped_step_does_not_see_an_affine_map_of_the_inputs() -> None:
     """Two nets that are one function of x, the second fed with x' = x M + m: after a step they still are one."""
     torch.manual_seed(0)

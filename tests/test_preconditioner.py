@@ -174,6 +174,15 @@ def test_a_batch_that_is_not_finite_might_never_have_been(
     assert spoilt.preconditioner.steps == 4
 
 
+def test_statistics_that_overflow_skip_the_step() -> None:
+    """The gradient alone would not tell: here it is 10⁻¹⁰⁰."""
+    training = Training()
+    (training.model(1e200 * batch(0)[0]).sum() * 1e-300).backward()
+    assert all(p.grad.isfinite().all() for p in training.model.parameters())
+    assert not training.finish()
+    assert training.preconditioner.factors() == {}
+
+
 def test_zero_gradients_without_a_forward_pass_are_no_step() -> None:
     """Else the period would start without factors, and the first step would find none."""
     training = Training(curvature_period=5)

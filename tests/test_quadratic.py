@@ -93,11 +93,14 @@ def test_all_directions_see_the_same_dropout() -> None:
 @every_loss
 def test_a_part_of_identical_data_stands_for_all(loss: Loss) -> None:
     """Catches a scale that belongs to the part, of a sum above all."""
-    model = network().eval()
+    model, seen = network().eval(), []
     x, y = data_for(model, loss, torch.randn(1, 3))
     x, y = x.expand(12, 3), y.expand(12, *y.shape[1:])
-    directions = directions_of(model)
-    M = of_natgrad(model, loss.told, (x,), directions, terms=resolve(loss.told).terms(model(x)), max_data=4)
+    directions, likelihood = directions_of(model), resolve(loss.told)
+    terms = likelihood.terms(model(x))
+    with torch.no_grad():
+        M = curvature_matrix(model, likelihood, ((x,), {}), terms, directions, lambda f: seen.append(len(f)) or f, 4)
+    assert seen == [4, 4]
     assert relative_error(M, dense(model, x, y, loss, directions)) < 1e-12
 
 

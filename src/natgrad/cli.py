@@ -109,7 +109,7 @@ def demo(out: Annotated[Path, typer.Option(help="Run folder, replaced.")] = pres
 
 @app.command()
 def newton(
-    depth: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 4,
+    depth: Annotated[int, typer.Option(min=1, max=16, help="Number of layers.")] = 4,
     width: Annotated[int, typer.Option(min=1, max=32, help="Of every layer, the input and the output.")] = 8,
     seed: Annotated[int, typer.Option(help="Of weights, data and output errors.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the plot.")] = Path("runs/newton"),

@@ -12,7 +12,7 @@ from natgrad.experiments.settings import Settings
 TINY = {"optimizers": ("sgd", "adam"), "width_divisor": 32, "images": 48, "steps": 6}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Threads that wait for each other make steps of milliseconds take seconds when the machine is busy."""
     before = torch.get_num_threads()

@@ -38,6 +38,14 @@ def test_every_contestant_learns_and_reports(name, tiny):
     assert LABELS[name]
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_2017_contestants_step_along_another_gradient_than_the_optimizer_alone(name, tiny):
+    problem = Problem(tiny())
+    alone, preconditioned = Contestant(name, problem), Contestant(f"kfac-{name}", problem)
+    assert alone.advance().train_loss == preconditioned.advance().train_loss
+    assert alone.advance().train_loss != preconditioned.advance().train_loss
+
+
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_its_state_can_be_loaded_without_trusting_the_file(name, tiny, tmp_path):
     contestant = Contestant(name, Problem(tiny()))

@@ -121,6 +121,11 @@ def test_the_summary_counts_steps_and_their_cost(tiny, tmp_path):
     assert sgd == ("SGD", "50.000", "1", "2", "5", "2.50")
 
 
+def test_a_run_that_reached_nothing_has_a_summary_only(tiny, tmp_path):
+    run = make(tmp_path, tiny(optimizers=("adam",)), adam=[90, 89])
+    assert [sheet.title for sheet in sheets([run])] == ["Summary"]
+
+
 def test_the_step_time_is_a_median(tiny):
     records = [Record("adam", k, 1.0, 1.0, s) for k, s in enumerate([0.0, 1.0, 2.0, 50.0])]
     assert curve("adam", records).step_seconds == 1.0

@@ -48,4 +48,4 @@ def report(runs: Sequence[Run], out: Path, console: Console) -> None:
     write_atomically(out / CURVES, lambda path: draw(runs, title, path))
     for sheet in tables:
         sheet.show(console)
-    console.print(f"Written: {out / TABLE}, {out / CURVES}", highlight=False)
+    console.print(f"\nWritten: {out / TABLE}, {out / CURVES}", highlight=False, soft_wrap=True)

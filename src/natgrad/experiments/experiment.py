@@ -103,13 +103,14 @@ def resume(path: Path, given: dict[str, Any], console: Console) -> int:
 
 
 def _run(folder: RunFolder, contestants: Sequence[Contestant], console: Console) -> int:
-    console.print(
-        f"{folder.settings.describe()}: {', '.join(folder.settings.optimizers)} -> {folder.path}", highlight=False
-    )
+    # Soft wrap, here and below, so that a path can be copied in one piece.
+    names = ", ".join(folder.settings.optimizers)
+    console.print(f"{folder.settings.describe()}: {names} -> {folder.path}", highlight=False, soft_wrap=True)
     interrupted = _race(folder, contestants, console)
     report([read_run(folder.path)], folder.path, console)
     if interrupted:
-        console.print(f"Interrupted. Go on with: natgrad autoencoder --resume {folder.path}", highlight=False)
+        command = f"natgrad autoencoder --resume {folder.path}"
+        console.print(f"Interrupted. Go on with: {command}", highlight=False, soft_wrap=True)
     return INTERRUPTED if interrupted else 0
 
 

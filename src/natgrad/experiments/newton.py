@@ -36,7 +36,6 @@ REPETITIONS = 20  # of every number of samples; their root mean square is shown
 # What "equal" means: rounding, in the columns about steps amplified by the condition of the factors.
 SAME_MATRIX, SAME_STEP = 1e-12, 1e-6
 SAME_RATE = 0.1
-
 Factors = tuple[Tensor, Tensor]
 
 
@@ -142,7 +141,7 @@ def _check_layer(
 ) -> LayerCheck:
     P, loss = _loss_of_matrix(model, name, x, y)
     # Reverse over reverse: `torch.func.hessian` goes forward and warns of torch's own use of a deprecated function.
-    hessian = jacrev(jacrev(loss))(P).reshape(P.numel(), P.numel())
+    hessian = jacrev(jacrev(loss), chunk_size=128)(P).reshape(P.numel(), P.numel())
     gradient = jacrev(loss)(P)
     newton_step = torch.linalg.solve(hessian, gradient.flatten()).reshape_as(P)
     A, G = factors
@@ -178,9 +177,8 @@ def convergence(model: nn.Sequential, seed: int, samples: Sequence[int]) -> Conv
     errors = []
     for s in samples:
         squares = 0.0
-        for _ in range(REPETITIONS):
+        for noise_seed in torch.randint(2**31, (REPETITIONS,), generator=generator).tolist():
             x = torch.randn(s, M.shape[0], generator=generator, dtype=torch.float64)
-            noise_seed = int(torch.randint(2**31, (), generator=generator))
             factors, _ = kfac(model, x, x, "mc", damping=1.0, seed=noise_seed)
             squares += _error(factors["0"][1], M) ** 2
         errors.append((squares / REPETITIONS) ** 0.5)
@@ -205,12 +203,11 @@ def layer_sheet(checks: Sequence[LayerCheck]) -> Sheet:
 
 def convergence_sheet(rate: Convergence) -> Sheet:
     """Claim 4 as a table."""
-    columns = zip(rate.samples, rate.errors, rate.theory, strict=True)
-    lines: list[tuple[str, ...] | None] = [(f"{s:,}", f"{e:.2e}", f"{t:.2e}") for s, e, t in columns]
+    rows = zip(rate.samples, rate.errors, rate.theory, strict=True)
     return Sheet(
         "Gaussian errors on the way to BBᵀ",
         ("samples", "relative error", "theory"),
-        lines,
+        [(f"{s:,}", f"{error:.2e}", f"{theory:.2e}") for s, error, theory in rows],
         [
             f"First layer; each error is the root mean square of {REPETITIONS} repetitions. "
             f"Fitted slope {rate.slope:.3f}, theory -0.5."
@@ -236,8 +233,7 @@ def _loss_of_matrix(model: nn.Sequential, name: str, x: Tensor, y: Tensor) -> tu
 
 def _inputs(model: nn.Sequential, name: str, x: Tensor) -> Tensor:
     """The layer's inputs with a 1 appended: (N, in + 1)."""
-    with torch.no_grad():
-        below = model[: int(name)](x)
+    below = model[: int(name)](x).detach()
     return torch.cat([below, torch.ones_like(below[:, :1])], 1)
 
 

@@ -61,7 +61,7 @@ class RunFolder:
                 (path / name).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         _write_json(path / CONFIG, settings.to_json())
-        _write_json(path / ENVIRONMENT, environment())
+        _write_json(path / ENVIRONMENT, environment(settings))
         (path / METRICS).touch()
         return cls(path, settings)
 
@@ -90,7 +90,7 @@ class RunFolder:
             settings = Settings.from_json({**settings.to_json(), **{name: given.get(name) for name in LIMITS}})
         _write_json(path / CONFIG, settings.to_json())
         earlier = json.loads((path / ENVIRONMENT).read_text())
-        _write_json(path / ENVIRONMENT, {**earlier, "resumed": [*earlier.get("resumed", []), environment()]})
+        _write_json(path / ENVIRONMENT, {**earlier, "resumed": [*earlier.get("resumed", []), environment(settings)]})
         return cls(path, settings)
 
     def append(self, record: Record) -> None:
@@ -149,13 +149,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def environment() -> dict[str, Any]:
-    """What the timings depend on besides the settings."""
+def environment(settings: Settings) -> dict[str, Any]:
+    """What the timings depend on besides the settings, and how many threads those come to."""
     return {
         "command": shlex.join(sys.argv),
         "natgrad": natgrad.__version__,
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": settings.threads or torch.get_num_threads(),
         "processor": _processor(),
         "processors": os.cpu_count(),
         "python": platform.python_version(),

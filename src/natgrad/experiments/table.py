@@ -63,14 +63,16 @@ class Sheet:
                 table.add_section()
             else:
                 table.add_row(*line)
+        console.print()
         console.print(table)
         for note in self.notes:
             console.print(note, style="dim", highlight=False)
 
 
 def sheets(runs: Sequence[Run]) -> list[Sheet]:
-    """The tables of one or several runs: the way to each test loss, and a summary."""
-    return [threshold_sheet(rows(runs)), summary_sheet(runs)]
+    """The tables of one or several runs: the way to each test loss if any was reached, and a summary."""
+    reached = rows(runs)
+    return [*([threshold_sheet(reached)] if reached else []), summary_sheet(runs)]
 
 
 def threshold_sheet(table: Iterable[Row]) -> Sheet:
