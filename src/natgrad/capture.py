@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from natgrad.factors import ROWS_PER_DIMENSION, Sharing, Statistics, at_least_float32
-from natgrad.layers import Layer
+from natgrad.factors import ROWS_PER_DIMENSION, Statistics
+from natgrad.layers import Layer, Sharing, at_least_float32
 from natgrad.likelihoods import Likelihood
+from natgrad.losses import Loss, Weights
 
 Fisher = Literal["mc", "exact", "empirical", "forward"]
-ForwardInputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a forward pass."""
 
 # With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time and change little.
 MIN_ROWS = 2048
@@ -37,17 +36,52 @@ class Call:
     """One call of a layer during one forward of the model.
 
     Attributes:
-        x: The input, restricted to the data that enter the factors.
+        layer: Whose methods make the rows.
+        owner: The layer that they count for.
+        x: What the layer remembered of the input, restricted to the data that enter the factors.
         edge: Where the gradient of the output arrives.
         data: Which data enter the factors.
         upscale: All data over those that enter.
+        blocks: Which blocks of the layer took part.
+        use: The calls whose rows are positions of the same rows, this one among them.
+        g: The gradient of the output, while the others' are still to come.
     """
 
     layer: Layer
+    owner: Layer
     x: Tensor
     edge: GradientEdge
     data: slice
     upscale: float
+    blocks: slice
+    use: "list[Call]" = field(default_factory=list)
+    g: Tensor | None = None
+
+
+@dataclass
+class Forward:
+    """One forward pass of the model.
+
+    Attributes:
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        output: The tensor that the loss sees.
+        uses: The calls of the layers, together where their rows are positions of the same rows; none if not due.
+        weights: What the targets imply, where a loss module was watched.
+        seen: The model's own output, where the loss module got a rearranged one.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    uses: list[list[Call]]
+    weights: Weights | None = None
+    seen: Tensor | None = None
+
+    @property
+    def data(self) -> int:
+        """N."""
+        return (self.output if self.seen is None else self.seen).shape[0]
 
 
 @dataclass
@@ -55,18 +89,20 @@ class Batch:
     """Everything captured since the last step.
 
     Attributes:
-        statistics: Per layer name.
+        statistics: Per layer name, and whether rows of A and G change places.
         forwards: Number of forward passes.
-        terms: What the loss's reduction divides by, summed over the forwards.
         data: Number of data, summed over the forwards.
-        inputs: Of the latest forward.
+        terms: What the loss's reduction divides by, summed over the forwards.
+        criteria: Number of criteria, summed over the forwards.
+        latest: The latest forward.
     """
 
-    statistics: dict[str, Statistics] = field(default_factory=dict)
+    statistics: dict[tuple[str, bool], Statistics] = field(default_factory=dict)
     forwards: int = 0
-    terms: float = 0.0
     data: int = 0
-    inputs: ForwardInputs | None = None
+    terms: float = 0.0
+    criteria: float = 0.0
+    latest: Forward | None = None
 
 
 def check_fisher(fisher: str, likelihood: Likelihood | None) -> None:
@@ -88,7 +124,7 @@ class Capture:
     Args:
         model: The root module; its forward must be what the user calls.
         layers: The layers to watch.
-        likelihood: What to backpropagate, for the Fishers that need it.
+        loss: What to backpropagate, for the Fishers that need it.
         fisher: Which curvature.
         mc_samples: Vectors drawn per forward for ``fisher="mc"``.
         batch_fraction: Share of the data whose rows enter the factors, or ``"auto"``.
@@ -101,7 +137,7 @@ class Capture:
         self,
         model: nn.Module,
         layers: list[Layer],
-        likelihood: Likelihood | None,
+        loss: Loss,
         *,
         fisher: Fisher,
         mc_samples: int,
@@ -110,20 +146,44 @@ class Capture:
         output: Callable[[Any], Tensor] | None,
         seed: int,
     ) -> None:
-        self.likelihood, self.fisher, self.mc_samples = likelihood, fisher, mc_samples
+        self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.sharing, self.output, self.seed = batch_fraction, sharing, output, seed
         self.enabled = True
         self.step = 0
         self.batch = Batch()
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
+        self._waiting: Forward | None = None  # for the loss module to be called
         self._random = random.Random()
-        for layer in layers:
-            layer.module.register_forward_hook(partial(self._after_layer, layer), with_kwargs=True)
-        model.register_forward_pre_hook(self._before_model)
-        model.register_forward_hook(self._after_model, with_kwargs=True)
+        self._handles = [handle for layer in layers for handle in layer.watch(self)]
+        self._handles += [
+            model.register_forward_pre_hook(self._before_model),
+            model.register_forward_hook(self._after_model, with_kwargs=True),
+        ]
+        if loss.module is not None:
+            self._handles.append(loss.module.register_forward_hook(self._after_loss))
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def active(self) -> bool:
+        """Whether layers should report their calls: the model is running, with gradients, and statistics are due."""
+        return self._calls is not None and self.enabled
 
     def take(self) -> Batch:
-        """Hand over what was captured and start anew."""
+        """Hand over what was captured and start anew.
+
+        Raises:
+            RuntimeError: when the loss module that natgrad was given was not called after the model.
+        """
+        if self._waiting is not None and self.loss.module is not None:
+            self._waiting = None
+            raise RuntimeError(
+                f"the loss module given to natgrad, {self.loss.module!r}, was not called with the model's output: call "
+                "that very module in the training loop, as natgrad learns from it which targets count and how much."
+            )
         batch, self.batch = self.batch, Batch()
         return batch
 
@@ -140,73 +200,143 @@ class Capture:
                 "the model returned a scalar, and natgrad needs the output with the data as its first dimension: pass "
                 "`output=` to select the tensor that the loss sees."
             )
-        if self.likelihood is not None:
-            self.likelihood.check(output)
+        if self.loss.likelihood is not None and self.loss.module is None:
+            self.loss.likelihood.check(output)
         return output
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._calls = [] if torch.is_grad_enabled() else None
         self._random.seed(self._draw())
 
-    def _after_layer(
-        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Any
+    def record(
+        self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), owner: Layer | None = None
     ) -> None:
-        if self._calls is None or not self.enabled or not isinstance(z, Tensor) or not z.requires_grad:
+        """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
+        if self._calls is None or not z.requires_grad:
             return
-        x = args[0] if args else next(iter(kwargs.values()))
         data, upscale = self._choose(layer, z)
-        call = Call(layer, x.detach()[data], get_gradient_edge(z), data, upscale)
+        call = Call(layer, owner or layer, x[data], get_gradient_edge(z), data, upscale, blocks)
         self._calls.append(call)
         if self.fisher == "empirical":
-            z.register_hook(partial(self._add_gradients, call, weight=1.0))
+            z.register_hook(partial(self._add_empirical, call))
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], raw: Any) -> None:
         calls, self._calls = self._calls, None
         if calls is None:
             return
-        output = self.select(raw)
-        if calls and self.enabled:
+        forward = Forward(args, kwargs, self.select(raw), self._uses(calls))
+        if self.loss.module is None:
+            self._gather(forward)
+        else:
+            self._waiting = forward
+            if not self.loss.indispensable:
+                forward.output.register_hook(partial(self._without_loss, forward))
+
+    def _after_loss(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        """The loss module has seen the model's output, perhaps rearranged, and the targets."""
+        if self._waiting is None or not args[0].requires_grad or self.loss.likelihood is None:
+            return
+        forward, self._waiting = self._waiting, None
+        assert self.loss.weigh is not None
+        self.loss.likelihood.check(args[0])
+        with torch.no_grad():
+            forward.weights = self.loss.weigh(module, at_least_float32(args[0].detach()), args[1:])
+        forward.seen, forward.output = forward.output, args[0]
+        self._gather(forward)
+
+    def _without_loss(self, forward: Forward, g: Tensor) -> None:
+        """The user's backward pass has begun and the loss module was not called, but perhaps a function like it.
+
+        A target was ignored if no gradient arrives for it.
+        """
+        if self._waiting is not forward or self.loss.likelihood is None:
+            return
+        self._waiting = None
+        self.loss.likelihood.check(forward.output)
+        counted = (g != 0).any(dim=1, keepdim=True).to(g.dtype)
+        forward.weights = Weights(counted, counted)
+        self._gather(forward)
+
+    def _gather(self, forward: Forward) -> None:
+        output = forward.output
+        if forward.uses:
             # The user's autocast would round the products of rows to half precision.
             with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-                self._add_inputs(calls)
+                for use in forward.uses:
+                    rows = torch.cat([call.layer.inputs(call.x) for call in use], dim=-2)
+                    moment = use[0].layer.input_moment(rows, self.sharing[use[0].owner.name])
+                    self._statistics(use[0]).add_inputs(moment, use[0].blocks)
                 if self.fisher in ("mc", "exact"):
-                    self._backpropagate(output, calls)
+                    self._backpropagate(forward)
         self.batch.forwards += 1
-        self.batch.data += output.shape[0]
-        self.batch.terms += self.likelihood.terms(output) if self.likelihood else output.shape[0]
-        self.batch.inputs = (args, kwargs)
+        self.batch.data += forward.data
+        self.batch.terms += self._terms(forward)
+        self.batch.criteria += self.loss.likelihood.criteria(output) if self.loss.likelihood else forward.data
+        forward.uses, forward.output = [], output.detach()  # lets go of the graph and of the calls
+        self.batch.latest = forward
 
-    def _add_inputs(self, calls: list[Call]) -> None:
-        for call in calls:
-            layer = call.layer
-            self._statistics(call).add_inputs(layer.inputs(call.x), layer.has_bias, self.sharing[layer.name])
+    def _terms(self, forward: Forward) -> float:
+        likelihood = self.loss.likelihood
+        if likelihood is None:
+            return forward.data
+        if forward.weights is not None and likelihood.reduction == "mean":
+            return float(forward.weights.terms.sum())
+        return likelihood.terms(forward.output)
 
-    def _backpropagate(self, output: Tensor, calls: list[Call]) -> None:
-        edges = [call.edge for call in calls]
-        for vector, weight in self._vectors(at_least_float32(output.detach())):
-            grads = torch.autograd.grad(output, edges, vector.to(output.dtype), retain_graph=True, allow_unused=True)
-            for call, g in zip(calls, grads, strict=True):
-                if g is not None:
-                    self._add_gradients(call, g, weight)
+    def _uses(self, calls: list[Call]) -> list[list[Call]]:
+        """Calls whose rows are one row's positions: with ``"reduce"`` those of one layer, else each by itself."""
+        together: dict[Any, list[Call]] = {}
+        for number, call in enumerate(calls):
+            reduced = self.sharing[call.owner.name] == "reduce"
+            key = (id(call.layer), str(call.blocks), len(call.x)) if reduced else number
+            call.use = together.setdefault(key, [])
+            call.use.append(call)
+        return list(together.values())
 
-    def _vectors(self, output: Tensor) -> Iterator[tuple[Tensor, float]]:
+    def _backpropagate(self, forward: Forward) -> None:
+        edges = [call.edge for use in forward.uses for call in use]
+        for vector, weight in self._vectors(forward):
+            grads = iter(
+                torch.autograd.grad(
+                    forward.output, edges, vector.to(forward.output.dtype), retain_graph=True, allow_unused=True
+                )
+            )
+            for use in forward.uses:
+                self._add_gradients(use, [next(grads) for _ in use], weight)
+
+    def _vectors(self, forward: Forward) -> Iterator[tuple[Tensor, float]]:
         """Vectors to backpropagate, and the weight of the outer product of each."""
-        assert self.likelihood is not None
+        likelihood, output = self.loss.likelihood, at_least_float32(forward.output.detach())
+        assert likelihood is not None
+        root = 1.0 if forward.weights is None else forward.weights.curvature.sqrt()
         if self.fisher == "exact":
-            for column in self.likelihood.columns(output):
-                yield column, 1.0
+            for column in likelihood.columns(output):
+                for only in one_position_each(column, forward.data):
+                    yield only * root, 1.0
         else:
             generator = torch.Generator(output.device).manual_seed(self._draw())
             for _ in range(self.mc_samples):
-                yield self.likelihood.sample(output, generator), 1.0 / self.mc_samples
+                yield likelihood.sample(output, generator) * root, 1.0 / self.mc_samples
 
-    def _add_gradients(self, call: Call, g: Tensor, weight: float) -> None:
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-            rows = call.layer.gradients(g[call.data])
-            self._statistics(call).add_gradients(rows, self.sharing[call.layer.name], weight * call.upscale)
+    def _add_empirical(self, call: Call, g: Tensor) -> None:
+        call.g = g.detach()
+        if all(other.g is not None for other in call.use):
+            with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+                self._add_gradients(call.use, [other.g for other in call.use], 1.0)
+            for other in call.use:
+                other.g = None
+
+    def _add_gradients(self, use: list[Call], grads: list[Tensor | None], weight: float) -> None:
+        pairs = [(call, g[call.data]) for call, g in zip(use, grads, strict=True) if g is not None]
+        if pairs:
+            rows = torch.cat([call.layer.gradients(g, call.x) for call, g in pairs], dim=-2)
+            first = use[0]
+            total = first.layer.gradient_moment(rows, self.sharing[first.owner.name])
+            self._statistics(first).add_gradients(total, first.blocks, weight * first.upscale)
 
     def _statistics(self, call: Call) -> Statistics:
-        return self.batch.statistics.setdefault(call.layer.name, Statistics())
+        key = (call.owner.name, call.owner.swaps(call.layer))
+        return self.batch.statistics.setdefault(key, Statistics(call.layer.blocks))
 
     def _choose(self, layer: Layer, z: Tensor) -> tuple[slice, float]:
         """Every k-th datum of the batch, from a random start, as a view; and all data over these."""
@@ -214,7 +344,7 @@ class Capture:
         if z.ndim < 2 or n == 0:
             return slice(None), 1.0
         if self.batch_fraction == "auto":
-            rows = z.numel() // layer.shape[0]
+            rows = z.numel() // (layer.shape[0] * (layer.blocks or 1))
             every = rows // max(MIN_ROWS, ROWS_PER_DIMENSION * max(layer.shape))
         else:
             every = round(1 / self.batch_fraction)
@@ -225,3 +355,19 @@ class Capture:
     def _draw(self) -> int:
         """The seed of this forward's draws, different for every step and micro-batch."""
         return (self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards
+
+
+def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:
+    """A vector with one entry on in each row, split where the loss got several rows a datum, positions flattened.
+
+    The positions of a datum may interact, and their vectors would mix if they were switched on together.
+    """
+    positions = column.shape[0] // data if column.shape[0] % data == 0 else 1
+    if positions == 1:
+        yield column
+        return
+    rows = column.unflatten(0, (data, positions))
+    for position in range(positions):
+        only = torch.zeros_like(rows)
+        only[:, position] = rows[:, position]
+        yield only.flatten(0, 1)

@@ -83,8 +83,8 @@ def resolve(damping: float | tuple[float, float] | str, inverse: str) -> Damping
 
 
 def mean_diagonal(factor: Tensor) -> Tensor:
-    """tr F / dim F, a scalar."""
-    return torch.diagonal(factor, dim1=-2, dim2=-1).mean()
+    """tr F / dim F, averaged over blocks; of a dense factor, (…, d, d), or a diagonal one, (…, d, 1)."""
+    return (factor if factor.shape[-1] == 1 else factor.diagonal(dim1=-2, dim2=-1)).mean()
 
 
 def mean(dampings: Sequence[Damping]) -> dict[str, float]:

@@ -1,35 +1,33 @@
-"""Stage 4: rows become factors, and factors a debiased running average.
+"""Stage 4: sums over rows become factors, and factors a debiased running average.
 
-What enters are the rows of one layer, (N, S, in) of its inputs and (N, S, out) of the gradients at its outputs; what
-leaves are A, of shape (in [+ 1], in [+ 1]), and G, of shape (out, out), with ``kron(G, A)`` the curvature block. With
-ΣA and ΣG the sums of outer products over all rows of a batch, R the scale of the loss and n the number of rows of x:
-
-    expand   A = ΣA / n          G = R ΣG        every position is a datum of its own
-    reduce   A = ΣA / (N S²)     G = R ΣG        rows summed over the positions first; the appended 1 becomes S
-
-All scale sits in G, which is therefore in units of the loss: a sum over the batch, not a mean, as R already divides.
-Both sums add up over micro-batches, so the factors do not depend on how a batch is split.
+What enters are the second moments of one layer's rows (:mod:`natgrad.layers.moments`); what leaves are A, of shape
+([B,] in [+ 1], in [+ 1]), and G, of shape ([B,] out, out), with ``kron(G, A)`` the curvature block. With ΣA and ΣG the
+sums of outer products, n the number of rows of x and R the scale of the loss, A = ΣA / n and G = R ΣG: all scale sits
+in G, which is a sum over the batch and not a mean, as R already divides. Both sums add up over micro-batches, so the
+factors do not depend on how a batch is split.
 
 The running average is w ← ρ w + 1, F ← F + (F_new − F) / w: the mean of all factors seen, weighted by ρ to the power of
-their age, without a bias towards the start. Sources: Martens and Grosse (2015), arXiv:1503.05671; Eschenhagen et al.
-(2023), arXiv:2311.00636 (expand and reduce).
+their age, without a bias towards the start. Source: Martens and Grosse (2015), arXiv:1503.05671.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
-Sharing = Literal["expand", "reduce"]
+from natgrad.layers import Moment, Sharing
 
 # So many rows for each of its dimensions make a factor well conditioned by themselves; fewer are averaged over steps,
 # with the decay that kfac-jax uses.
 ROWS_PER_DIMENSION, LONG_DECAY = 2, 0.95
 
+Factors = tuple[Tensor, Tensor]
+"""(A, G)."""
 
-def resolve_sharing(sharing: str | Mapping[str, str], names: list[str]) -> dict[str, Sharing]:
+
+def resolve_sharing(sharing: str | Mapping[str, str], names: Sequence[str]) -> dict[str, Sharing]:
     """The kind of weight sharing of each layer: one word for all, or by name with ``"expand"`` for the rest.
 
     Raises:
@@ -46,84 +44,78 @@ def resolve_sharing(sharing: str | Mapping[str, str], names: list[str]) -> dict[
     return cast(dict[str, Sharing], chosen)
 
 
-def second_moment(rows: Tensor, bias: bool) -> Tensor:
-    """Sum of x xᵀ over the rows, x extended by a 1 when ``bias``, without building the extended rows.
-
-    Args:
-        rows: (n, d).
-        bias: Whether a 1 is appended to each row.
-
-    Returns:
-        (d, d), or (d + 1, d + 1).
-    """
-    gram = rows.mT @ rows
-    if not bias:
-        return gram
-    return _border(gram, rows.sum(0), float(rows.shape[0]))
-
-
-def _border(gram: Tensor, total: Tensor, corner: float) -> Tensor:
-    d = gram.shape[-1]
-    bordered = gram.new_empty(d + 1, d + 1)
-    bordered[:d, :d] = gram
-    bordered[:d, d] = bordered[d, :d] = total
-    bordered[d, d] = corner
-    return bordered
-
-
-def at_least_float32(rows: Tensor) -> Tensor:
-    """Statistics never have less precision than float32."""
-    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-
-
 @dataclass
 class Statistics:
-    """Sums of one layer since the last step.
+    """Sums of one use of one layer since the last step.
 
     Attributes:
-        A: ΣA.
-        A_weight: What ΣA is divided by.
+        A: ΣA; the blocks that took part in a call, if there are blocks.
+        weight: What ΣA is divided by; (B, 1, 1) if there are blocks.
         rows: Number of rows in ΣA.
         G: ΣG, scaled up from the rows used to all rows of the batch.
     """
 
+    blocks: int | None
     A: Tensor | None = None
-    A_weight: float = 0.0
+    weight: Tensor | None = None
     rows: int = 0
     G: Tensor | None = None
 
-    def add_inputs(self, x: Tensor, bias: bool, sharing: Sharing) -> None:
-        """Add the rows (N, S, in) of one call."""
-        x = at_least_float32(x)
-        n, positions, width = x.shape
-        rows, weight = n, float(n * positions**2)
-        if sharing == "expand" or positions == 1:
-            rows = n * positions
-            gram, weight = second_moment(x.reshape(-1, width), bias), float(rows)
-        else:
-            total = x.sum(1)  # (N, in)
-            gram = total.mT @ total
-            if bias:
-                gram = _border(gram, total.sum(0) * positions, float(n * positions**2))
-        self.rows += rows
-        self.A = gram if self.A is None else self.A.add_(gram)
-        self.A_weight += weight
+    def add_inputs(self, moment: Moment, part: slice) -> None:
+        """Add the inputs of one call to the blocks ``part``; one block's moment counts for all of them."""
+        total = moment.total
+        if self.A is None or self.weight is None:
+            shape = total.shape if self.blocks is None else (self.blocks, *total.shape[-2:])
+            self.A = total.new_zeros(shape)
+            self.weight = total.new_zeros(() if self.blocks is None else (self.blocks, 1, 1))
+        self.A[part] += total
+        self.weight[part if self.blocks else ...] += moment.weight
+        self.rows += moment.rows
 
-    def add_gradients(self, g: Tensor, sharing: Sharing, weight: float) -> None:
-        """Add the rows (N, S, out) of one call, each counted ``weight`` times."""
-        g = at_least_float32(g)
-        rows = g.reshape(-1, g.shape[-1]) if sharing == "expand" else g.sum(1)
-        gram = (rows.mT @ rows).mul_(weight)
-        self.G = gram if self.G is None else self.G.add_(gram)
+    def add_gradients(self, total: Tensor, part: slice, weight: float) -> None:
+        """Add the gradients of one call, counted ``weight`` times."""
+        if self.G is None:
+            self.G = total.new_zeros(total.shape if self.blocks is None else (self.blocks, *total.shape[-2:]))
+        self.G[part] += total * weight
 
     def tensors(self) -> Iterator[Tensor]:
         """The sums there are."""
         yield from (t for t in (self.A, self.G) if t is not None)
 
-    def factors(self, scale: float) -> tuple[Tensor, Tensor | None]:
-        """A, and G in units of the loss; G is None where no gradient arrived."""
+    def factors(self, scale: float, zero: Tensor) -> Factors:
+        """A, and G in units of the loss; ``zero`` stands for a G to which no gradient came."""
         assert self.A is not None
-        return self.A / self.A_weight, None if self.G is None else self.G * scale
+        assert self.weight is not None
+        return self.A / self.weight.clamp(min=1), zero if self.G is None else self.G * scale
+
+
+def join(one: Factors, other: Factors) -> Factors:
+    """The Kronecker product with the partial traces of kron(G₁, A₁) + kron(G₂, A₂).
+
+    Where A₁ ∝ A₂ or G₁ ∝ G₂ it is the sum itself. A smaller A lacks the row and column of a bias, and is padded with
+    zeros. A diagonal next to a dense factor becomes dense.
+    """
+    A1, A2 = _alike(one[0], other[0])
+    G1, G2 = _alike(one[1], other[1])
+    a1, a2, g1, g2 = (_trace(F) for F in (A1, A2, G1, G2))
+    total = (a1 * g1 + a2 * g2).clamp(min=torch.finfo(A1.dtype).tiny)
+    g = (g1 + g2).clamp(min=torch.finfo(A1.dtype).tiny)
+    return (g1 * A1 + g2 * A2) / g, (a1 * G1 + a2 * G2) * (g / total)
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    if (one.shape[-1] == 1) != (other.shape[-1] == 1):
+        one, other = (F.squeeze(-1).diag_embed() if F.shape[-1] == 1 else F for F in (one, other))
+    size = max(one.shape[-2], other.shape[-2])
+    padded = []
+    for F in (one, other):
+        missing = size - F.shape[-2]
+        padded.append(torch.nn.functional.pad(F, (0, 0 if F.shape[-1] == 1 else missing, 0, missing)))
+    return padded[0], padded[1]
+
+
+def _trace(F: Tensor) -> Tensor:
+    return F.sum() if F.shape[-1] == 1 else F.diagonal(dim1=-2, dim2=-1).sum()
 
 
 def choose_decay(rows: int, dimension: int) -> float:

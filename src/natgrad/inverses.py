@@ -6,7 +6,8 @@ With V the gradient as a matrix of shape (out, in [+ 1]), the block kron(G, A) a
     eigen      V ↦ Q_G [ (Q_Gᵀ V Q_A) / ((λ_G + g)(λ_A + a)ᵀ + δ) ] Q_Aᵀ     with G = Q_G diag(g) Q_Gᵀ, A likewise
 
 Factored once, applied at every step until the factors have moved. What is stored are plain tensors, so that any
-checkpoint can hold them. A factorization that fails is retried in float64 and then with more damping, and says so once.
+checkpoint can hold them. Blocks side by side have a leading dimension, and a diagonal factor is a column, (d, 1), as is
+its inverse. A factorization that fails is retried in float64 and then with more damping, and says so once.
 """
 
 import warnings
@@ -47,7 +48,7 @@ class CholeskyInverse(Inverse):
 
     def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
         """G⁻¹ V A⁻¹."""
-        return inverse["G_inverse"] @ V @ inverse["A_inverse"]
+        return apply(inverse["A_inverse"], apply(inverse["G_inverse"], V).mT).mT
 
 
 class EigenInverse(Inverse):
@@ -59,23 +60,33 @@ class EigenInverse(Inverse):
         """Bases and damped eigenvalues; the eigenvalues of a factor are cut at zero first."""
         a, Q_A = eigh(A)
         g, Q_G = eigh(G)
-        denominator = torch.outer(g.clamp(min=0) + damping.g, a.clamp(min=0) + damping.a) + damping.product
+        denominator = (g.clamp(min=0) + damping.g).unsqueeze(-1) * (a.clamp(min=0) + damping.a).unsqueeze(-2)
+        denominator = denominator + damping.product
         # Without any damping a null direction is left out, as a pseudo-inverse does, instead of divided by zero.
-        floor = torch.finfo(denominator.dtype).eps * denominator.max()
+        floor = torch.finfo(denominator.dtype).eps * denominator.amax((-2, -1), keepdim=True)
         scale = torch.where(denominator > floor, denominator, torch.inf).reciprocal()
         return {"A_basis": Q_A, "G_basis": Q_G, "scale": scale}
 
     def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
         """To the eigenbasis, divide, and back."""
         Q_A, Q_G = inverse["A_basis"], inverse["G_basis"]
-        return Q_G @ ((Q_G.mT @ V @ Q_A) * inverse["scale"]) @ Q_A.mT
+        rotated = apply(Q_A.mT if Q_A.shape[-1] > 1 else Q_A, apply(Q_G.mT if Q_G.shape[-1] > 1 else Q_G, V).mT).mT
+        return apply(Q_A, apply(Q_G, rotated * inverse["scale"]).mT).mT
 
 
 INVERSES: dict[str, Inverse] = {"cholesky": CholeskyInverse(), "eigen": EigenInverse()}
 
 
+def apply(F: Tensor, V: Tensor) -> Tensor:
+    """F V, for F dense, (…, d, d), or diagonal, (…, d, 1)."""
+    return F * V if F.shape[-1] == 1 else F @ V
+
+
 def invert(factor: Tensor, damping: Tensor | float, name: str) -> Tensor:
     """Inverse of a symmetric positive semi-definite ``factor + damping I``."""
+    if factor.shape[-1] == 1:
+        damped = factor + damping
+        return torch.where(damped > 0, damped, torch.inf).reciprocal()
     damped = factor.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     L, info = torch.linalg.cholesky_ex(damped)
@@ -112,9 +123,14 @@ def _invert_carefully(damped: Tensor, name: str) -> Tensor:
 
 
 def eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors; in float64 where float32 fails to converge."""
+    """Eigenvalues, ascending, and eigenvectors, of a diagonal factor as a column of ones.
+
+    Where float32 fails to converge, float64 is used.
+    """
+    if factor.shape[-1] == 1:
+        return factor.squeeze(-1), torch.ones_like(factor)
     try:
         values, basis = torch.linalg.eigh(factor)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, and missing in the stubs
         values, basis = torch.linalg.eigh(factor.double())
     return values.to(factor.dtype), basis.to(factor.dtype)

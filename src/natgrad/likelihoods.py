@@ -9,6 +9,7 @@ likelihood   criterion c               Hessian ∇²c    R for mean / sum / batc
 Gaussian     ½ ‖f − y‖²                I              2/numel, 2, 1/N  (torch's MSE has no ½)
 Categorical  −log softmax(f)[y]        diag p − p pᵀ  1/(N·T), 1, 1/N
 Bernoulli    BCE with logits           diag p(1 − p)  1/numel, 1, 1/N
+Poisson      rate − y log rate         diag rate      1/numel, 1, 1/N  (of the logarithm of the rate)
 ============ ========================= ============== ==================================
 
 A likelihood gives three things, all shaped like the output: draws of ∇c at a target sampled from the model (their
@@ -25,7 +26,7 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Reduction = Literal["mean", "sum", "batchmean"]
 
@@ -33,8 +34,8 @@ Reduction = Literal["mean", "sum", "batchmean"]
 class Likelihood(ABC):
     """A distribution over targets whose negative log density is the loss's criterion.
 
-    Subclass it to give natgrad a loss of your own: fill in the three products and ``terms_per_output``. Data are the
-    first dimension of the output.
+    Subclass it to give natgrad a loss of your own: fill in ``sample``, ``columns``, ``hessian_product`` and
+    ``criteria``. Data are the first dimension of the output.
 
     Args:
         reduction: ``"mean"`` and ``"sum"`` as torch's loss modules mean them; ``"batchmean"`` sums the criterion over
@@ -88,32 +89,57 @@ class Likelihood(ABC):
         return self.weight if self.reduction == "sum" else self.weight / terms
 
 
-class Gaussian(Likelihood):
-    """Squared error. ``"mean"`` and ``"sum"`` are torch's ``MSELoss``; ``"batchmean"`` is Σ ½ (f − y)² / N."""
-
-    @property
-    def weight(self) -> float:
-        """Two for torch's reductions, since the criterion has a half and ``MSELoss`` has none."""
-        return 1.0 if self.reduction == "batchmean" else 2.0
-
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Standard normal: f − y with y drawn from N(f, I)."""
-        return torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
-
-    def columns(self, output: Tensor) -> Iterator[Tensor]:
-        """Unit vectors, the same in every datum."""
-        return _entries(torch.ones_like(output))
-
-    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
-        """The vector itself, since ∇²c = I."""
-        return vector
+class _Elementwise(Likelihood):
+    """One criterion for each entry of the output, with a diagonal ∇²c."""
 
     def criteria(self, output: Tensor) -> int:
         """One per output entry."""
         return output.numel()
 
+    @abstractmethod
+    def diagonal(self, output: Tensor) -> Tensor:
+        """Of the Fisher matrix."""
 
-class Bernoulli(Likelihood):
+    def columns(self, output: Tensor) -> Iterator[Tensor]:
+        """The root of the diagonal, at one entry of every datum at a time."""
+        return _entries(self.diagonal(output).sqrt())
+
+    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        """The diagonal times the vector."""
+        return self.diagonal(output) * vector
+
+
+class Gaussian(_Elementwise):
+    """Squared error. ``"mean"`` and ``"sum"`` are torch's ``MSELoss``; ``"batchmean"`` is Σ ½ (f − y)² / N.
+
+    Args:
+        reduction: As for every likelihood.
+        half: Whether the loss has the ½ of the criterion; by default, for ``"batchmean"`` only.
+    """
+
+    def __init__(self, reduction: Reduction = "mean", half: bool | None = None) -> None:
+        super().__init__(reduction)
+        self.half = reduction == "batchmean" if half is None else half
+
+    @property
+    def weight(self) -> float:
+        """Two for ``MSELoss``, which has no half."""
+        return 1.0 if self.half else 2.0
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Standard normal: f − y with y drawn from N(f, I)."""
+        return torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
+
+    def diagonal(self, output: Tensor) -> Tensor:
+        """Ones."""
+        return torch.ones_like(output)
+
+    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        """The vector itself, since ∇²c = I."""
+        return vector
+
+
+class Bernoulli(_Elementwise):
     """Binary cross-entropy of logits, as torch's ``BCEWithLogitsLoss``."""
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -122,19 +148,10 @@ class Bernoulli(Likelihood):
         # What is not a number must reach the statistics, so that the step is skipped, and not `bernoulli`.
         return p - torch.bernoulli(p.nan_to_num(nan=0.0), generator=generator)
 
-    def columns(self, output: Tensor) -> Iterator[Tensor]:
-        """√(p(1 − p)) at one entry of every datum at a time."""
+    def diagonal(self, output: Tensor) -> Tensor:
+        """p(1 − p)."""
         p = torch.sigmoid(output)
-        return _entries((p * (1 - p)).sqrt())
-
-    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
-        """p(1 − p) times the vector."""
-        p = torch.sigmoid(output)
-        return p * (1 - p) * vector
-
-    def criteria(self, output: Tensor) -> int:
-        """One per output entry."""
-        return output.numel()
+        return p * (1 - p)
 
 
 class Categorical(Likelihood):
@@ -182,6 +199,80 @@ class Categorical(Likelihood):
         return output.numel() // output.shape[1]
 
 
+class LogCategorical(Categorical):
+    """Negative log likelihood of log-probabilities, as torch's ``NLLLoss`` after ``log_softmax``.
+
+    In its input the loss is linear, so the curvature meant is the Fisher matrix, which is that of the cross-entropy of
+    the logits before ``log_softmax``.
+    """
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """−onehot(y) with y drawn from the categorical distribution."""
+        return super().sample(output, generator) - torch.softmax(output, dim=1)
+
+    def columns(self, output: Tensor) -> Iterator[Tensor]:
+        """√p_k at one entry of every datum at a time."""
+        return _entries(torch.softmax(output, dim=1).sqrt())
+
+    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        """p ∘ v."""
+        return torch.softmax(output, dim=1) * vector
+
+
+class Poisson(_Elementwise):
+    """Poisson regression of counts, as torch's ``PoissonNLLLoss``.
+
+    Args:
+        reduction: As for every likelihood.
+        log_input: Whether the output is the logarithm of the rate, or the rate.
+    """
+
+    def __init__(self, reduction: Reduction = "mean", log_input: bool = True) -> None:
+        super().__init__(reduction)
+        self.log_input = log_input
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """rate − y for the logarithm, 1 − y / rate for the rate, with y drawn from Poisson(rate)."""
+        rate = output.exp() if self.log_input else output
+        drawn = torch.poisson(rate.nan_to_num(nan=0.0).clamp(min=0), generator=generator)
+        return rate - drawn if self.log_input else 1 - drawn / rate
+
+    def diagonal(self, output: Tensor) -> Tensor:
+        """The rate, or its inverse."""
+        return output.exp() if self.log_input else output.reciprocal()
+
+
+class MeanVariance(_Elementwise):
+    """Gaussian with a mean and a variance that the model predicts, as torch's ``GaussianNLLLoss``.
+
+    The output is (N, 2, …): means, then variances.
+    """
+
+    def check(self, output: Tensor) -> None:
+        """Refuse outputs without the two."""
+        super().check(output)
+        if output.ndim < 2 or output.shape[1] != 2:
+            raise ValueError(
+                f"{self!r} needs an output of shape (N, 2, …), means then variances, and the model returned "
+                f"{tuple(output.shape)}: pass for instance `output=lambda out: torch.stack(out, dim=1)`."
+            )
+
+    def criteria(self, output: Tensor) -> int:
+        """One per mean."""
+        return output.numel() // 2
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """(mean − y) / variance and (1 − (mean − y)² / variance) / (2 variance) with y drawn from the Gaussian."""
+        variance = output[:, 1]
+        noise = torch.randn(variance.shape, generator=generator, dtype=output.dtype, device=output.device)
+        return torch.stack([noise / variance.sqrt(), (1 - noise.square()) / (2 * variance)], dim=1)
+
+    def diagonal(self, output: Tensor) -> Tensor:
+        """1 / variance, and 1 / (2 variance²)."""
+        precision = output[:, 1].reciprocal()
+        return torch.stack([precision, precision.square() / 2], dim=1)
+
+
 def _entries(values: Tensor) -> Iterator[Tensor]:
     """``values`` restricted to one entry of every datum at a time, for a diagonal ∇²c."""
     flat = values.reshape(values.shape[0], -1)
@@ -189,49 +280,3 @@ def _entries(values: Tensor) -> Iterator[Tensor]:
         column = torch.zeros_like(flat)
         column[:, k] = flat[:, k]
         yield column.reshape(values.shape)
-
-
-_BY_NAME: dict[str, type[Likelihood]] = {
-    "mse": Gaussian,
-    "cross_entropy": Categorical,
-    "bce_with_logits": Bernoulli,
-}
-
-
-def resolve(loss: str | nn.Module | Likelihood | None) -> Likelihood | None:
-    """The likelihood that a user's ``loss`` argument means.
-
-    Raises:
-        ValueError: for an unknown name, or a loss module with options whose curvature is not known.
-        TypeError: for anything else than a name, a torch loss module, a ``Likelihood`` or None.
-    """
-    if loss is None or isinstance(loss, Likelihood):
-        return loss
-    if isinstance(loss, str):
-        if loss not in _BY_NAME:
-            raise ValueError(f"`loss={loss!r}` is not known: use one of {', '.join(map(repr, _BY_NAME))}.")
-        return _BY_NAME[loss]()
-    if isinstance(loss, nn.Module):
-        return _from_module(loss)
-    raise TypeError(f"`loss` must be a name, a torch loss module or a `natgrad.likelihoods.Likelihood`, not {loss!r}.")
-
-
-def _from_module(module: nn.Module) -> Likelihood:
-    kinds: dict[type[nn.Module], type[Likelihood]] = {
-        nn.MSELoss: Gaussian,
-        nn.CrossEntropyLoss: Categorical,
-        nn.BCEWithLogitsLoss: Bernoulli,
-    }
-    kind = kinds.get(type(module))
-    if kind is None:
-        raise ValueError(
-            f"`loss={module!r}`: natgrad knows {', '.join(k.__name__ for k in kinds)}. For another loss pass a "
-            "`natgrad.likelihoods.Likelihood` with the same curvature."
-        )
-    for option, neutral in (("weight", None), ("pos_weight", None), ("label_smoothing", 0.0), ("ignore_index", -100)):
-        value = getattr(module, option, neutral)
-        if value is not None and value != neutral:
-            raise ValueError(f"`loss={module!r}`: the option {option!r} is not supported; leave it at {neutral!r}.")
-    if module.reduction == "none":
-        raise ValueError(f"`loss={module!r}`: reduce with 'mean' or 'sum', so that the scale of the loss is known.")
-    return kind(reduction=module.reduction)

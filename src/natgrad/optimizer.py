@@ -77,6 +77,10 @@ class KFAC(torch.optim.Optimizer):
         self._names = {p: name for name, p in self.preconditioner.model.named_parameters()}
         rest = [group["params"] for group in self.param_groups if group["fallback"]]
         self._adamw = torch.optim.AdamW(rest[0]) if rest else None
+        likelihood, select = self.preconditioner.loss.likelihood, self.preconditioner.capture.select
+        self._quadratic = (
+            quadratic.QuadraticModel(self.preconditioner.model, likelihood, select) if likelihood else None
+        )
         self._diagnostics: dict[str, float] = {}
         self._share_state()
 
@@ -96,7 +100,7 @@ class KFAC(torch.optim.Optimizer):
             self._adamw.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # torch's overloads
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; a step with a gradient or statistic that is not finite is skipped and counted.
 
         Args:
@@ -149,19 +153,13 @@ class KFAC(torch.optim.Optimizer):
         if given_lr is not None and (given_momentum is not None or not previous):
             return given_lr, given_momentum or 0.0
         pre = self.preconditioner
-        if pre.batch.inputs is None or pre.likelihood is None:
+        if pre.batch.latest is None or self._quadratic is None:
             raise RuntimeError(
                 "`step()` with an automatic rate found no forward pass of the model since the last step."
             )
         directions = [{p: -d for p, d in natural.items()}, *([previous] if previous else [])]
-        M = quadratic.curvature_matrix(
-            pre.model,
-            pre.likelihood,
-            pre.batch.inputs,
-            pre.batch.terms,
-            [{self._names[p]: d for p, d in direction.items()} for direction in directions],
-            pre.capture.select,
-        )
+        named = [{self._names[p]: d for p, d in direction.items()} for direction in directions]
+        M = self._quadratic.curvature(pre.batch.latest, pre.batch.terms, named)
         b = torch.stack([_dot(direction) for direction in directions]).double()
         c = quadratic.minimize(M, b, [given_lr, given_momentum][: len(directions)])
         self._diagnostics["predicted_change"] = float(b @ c + 0.5 * c @ M @ c)

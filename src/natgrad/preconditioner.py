@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from natgrad import damping as dampings
 from natgrad.capture import Batch, Capture, Fisher, check_fisher
-from natgrad.factors import Sharing, Statistics, choose_decay, resolve_sharing, update_average
+from natgrad.factors import Factors, choose_decay, join, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
-from natgrad.layers import Layer, partition
-from natgrad.likelihoods import Likelihood, resolve
+from natgrad.layers import Layer, Sharing, partition
+from natgrad.likelihoods import Likelihood
+from natgrad.losses import resolve
 
 State = MutableMapping[Tensor, dict[str, Any]]
 _logger = logging.getLogger("natgrad")
@@ -101,8 +102,8 @@ class Preconditioner:
         output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        self.likelihood = resolve(loss)
-        check_fisher(fisher, self.likelihood)
+        self.loss = resolve(loss)
+        check_fisher(fisher, self.loss.likelihood)
         if inverse not in INVERSES:
             raise ValueError(f"`inverse` must be one of {tuple(INVERSES)}, not {inverse!r}.")
         check_positive(mc_samples=mc_samples, curvature_period=curvature_period, inverse_period=inverse_period)
@@ -127,7 +128,7 @@ class Preconditioner:
         self.capture = Capture(
             self.model,
             self.layers,
-            self.likelihood,
+            self.loss,
             fisher=fisher,
             mc_samples=mc_samples,
             batch_fraction=batch_fraction,
@@ -184,8 +185,7 @@ class Preconditioner:
         self.batch = batch
         self._check_seen(batch)
         for layer in self.layers:
-            if layer.name in batch.statistics:
-                self._update_factors(layer, batch.statistics[layer.name], batch)
+            self._update_factors(layer, batch)
         self._refresh_inverses()
         for layer in self.layers:
             state = self._state(layer)
@@ -265,9 +265,10 @@ class Preconditioner:
 
     def _check_seen(self, batch: Batch) -> None:
         """A gradient without factors means that the hooks missed the layer, unless that gradient is zero."""
+        captured = {name for name, _ in batch.statistics}
         for layer in self.layers:
             gradients = [p.grad for p in layer.parameters if p.grad is not None]
-            seen = layer.name in batch.statistics or "A" in self._state(layer)
+            seen = layer.name in captured or "A" in self._state(layer)
             if not seen and any(g.any() for g in gradients):
                 raise RuntimeError(
                     f"layer {layer.name!r} has a gradient but natgrad saw no data pass through it. Call the model that "
@@ -277,18 +278,37 @@ class Preconditioner:
             if not seen and not gradients and self.steps == 0:
                 warnings.warn(f"natgrad: layer {layer.name!r} received no data and no gradient.", stacklevel=4)
 
-    def _update_factors(self, layer: Layer, statistics: Statistics, batch: Batch) -> None:
-        terms = batch.terms if self.likelihood is None else 1.0 / self.likelihood.scale(batch.terms)  # 1 / R
+    def _update_factors(self, layer: Layer, batch: Batch) -> None:
+        likelihood = self.loss.likelihood
+        uses = [(swapped, batch.statistics.get((layer.name, swapped))) for swapped in (False, True)]
+        terms = batch.terms if likelihood is None else 1.0 / likelihood.scale(batch.terms)  # 1 / R
         # The user's gradients carry R once; the empirical Fisher is R Σ ∇c ∇cᵀ.
-        A, G = statistics.factors(terms if self.fisher == "empirical" else 1.0 / terms)
-        out = layer.shape[0]
-        if G is None:
-            identity = self.fisher == "forward"
-            G = torch.eye(out, dtype=A.dtype, device=A.device) if identity else A.new_zeros(out, out)
+        scale = terms if self.fisher == "empirical" else 1.0 / terms
+        joined: Factors | None = None
+        rows = 0
+        for swapped, statistics in uses:
+            if statistics is not None:
+                A, G = statistics.factors(scale, self._without_gradient(layer, swapped))
+                one = (G, A) if swapped else (A, G)
+                joined = one if joined is None else join(joined, one)
+                rows += statistics.rows
+        if joined is None:
+            return
         state = self._state(layer)
-        decay = choose_decay(statistics.rows, max(layer.shape)) if self.factor_decay == "auto" else self.factor_decay
-        update_average(state, A, G, decay)
+        decay = choose_decay(rows, max(layer.shape)) if self.factor_decay == "auto" else self.factor_decay
+        update_average(state, *joined, decay)
         state["unit"] = torch.tensor(1.0 if self.fisher == "forward" else batch.data / terms)
+
+    def _without_gradient(self, layer: Layer, swapped: bool) -> Tensor:
+        """G of a layer to which no gradient came: the identity by definition for ``"forward"``, else zero."""
+        parameter = layer.parameters[0]
+        size, diagonal = layer.shape[int(swapped)], layer.diagonal[int(swapped)]
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        ones = torch.ones(size, 1, dtype=dtype, device=parameter.device)
+        if self.fisher != "forward":
+            ones.zero_()
+        one = ones if diagonal else ones.squeeze(-1).diag()
+        return one if layer.blocks is None else one.expand(layer.blocks, *one.shape).clone()
 
     def _refresh_inverses(self) -> None:
         due = self.steps % self.inverse_period == 0

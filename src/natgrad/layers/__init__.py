@@ -1,11 +1,29 @@
 """Stage 2: layer kinds. Each turns a module's tensors into rows, and its parameters into one matrix.
 
 Read :class:`~natgrad.layers.base.Layer` first and :mod:`natgrad.layers.linear` second; every other kind is then
-familiar.
+familiar. Importing this package registers them all.
 """
 
-from natgrad.layers.base import Layer, register, registered
-from natgrad.layers.linear import LinearLayer
+from natgrad.layers import attention, convolution, embedding, linear, normalization, recurrent
+from natgrad.layers.base import Layer, Recorder, WeightLayer, register, registered
+from natgrad.layers.moments import Moment, Sharing, at_least_float32
 from natgrad.layers.partition import Partition, partition
 
-__all__ = ["Layer", "LinearLayer", "Partition", "partition", "register", "registered"]
+__all__ = [
+    "Layer",
+    "Moment",
+    "Partition",
+    "Recorder",
+    "Sharing",
+    "WeightLayer",
+    "at_least_float32",
+    "attention",
+    "convolution",
+    "embedding",
+    "linear",
+    "normalization",
+    "partition",
+    "recurrent",
+    "register",
+    "registered",
+]

@@ -2,75 +2,157 @@
 
 A layer computes z = W x + b at one or more shared positions. Its parameters are one matrix [W b] of shape (out, in +
 1), with x extended by a 1; its curvature block is kron(G, A) over the row-major entries of that matrix. Letters: N
-data, S positions per datum, ``in`` and ``out`` the sizes of one row.
+data, S positions per datum, ``in`` and ``out`` the sizes of one row. Some kinds have several such matrices side by
+side, one a group of channels or a projection: then everything has a leading dimension B of independent blocks.
 
-==================== ================ ===========================
-what                 shape            made by
-==================== ================ ===========================
-rows of A            (N, S, in)       ``inputs`` from the module's input; the 1 is appended later, as a formula
-rows of G            (N, S, out)      ``gradients`` from the gradient at the module's output
-matrix               (out, in [+ 1])  ``to_matrix`` from tensors shaped like the parameters
-==================== ================ ===========================
+==================== ====================== =================================================================
+what                 shape                  made by
+==================== ====================== =================================================================
+calls                                       ``watch``, which reports the module's inputs and outputs
+rows of A            ([B,] N, S, in)        ``inputs`` from what was reported; the 1 is appended later, as a formula
+rows of G            ([B,] N, S, out)       ``gradients`` from the gradient at the reported output
+matrix               ([B,] out, in [+ 1])   ``to_matrix`` from gradients shaped like the parameters
+==================== ====================== =================================================================
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from natgrad.layers.moments import Moment, Sharing, moment
+
+# A factor of more dimensions than this is kept as a diagonal: a dense one of 8,192 takes 256 MB and a second to invert.
+MAX_DENSE = 8192
+
+
+class Recorder(Protocol):
+    """Where a layer reports its calls."""
+
+    @property
+    def active(self) -> bool:
+        """Whether calls are wanted now."""
+
+    def record(
+        self, layer: "Layer", x: Tensor, z: Tensor, blocks: slice = slice(None), owner: "Layer | None" = None
+    ) -> None:
+        """Report that ``layer`` made the output z from the input x.
+
+        Args:
+            layer: Whose ``inputs`` and ``gradients`` make the rows.
+            x: What ``inputs`` takes; data first.
+            z: A tensor of the autograd graph, whose gradient ``gradients`` takes.
+            blocks: Which of the B blocks took part.
+            owner: The layer that the rows count for, if it is another one.
+        """
 
 
 class Layer(ABC):
-    """One module of a registered kind, under its name in the model.
+    """Parameters of one module as one matrix, under the module's name in the model.
 
     Attributes:
-        name: The module's name in ``model.named_modules()``.
+        name: The module's name in ``model.named_modules()``, with a suffix where a module has several layers.
         module: The module.
-        parameters: Its trainable parameters, in the order of ``to_matrix``.
+        parameters: The trainable parameters, in the order of ``to_matrix``.
         has_bias: Whether the matrix has the bias as its last column.
+        blocks: B, or None without that dimension.
     """
 
     name: str
     module: nn.Module
     parameters: list[nn.Parameter]
     has_bias: bool
+    blocks: int | None = None
 
-    @abstractmethod
-    def __init__(self, name: str, module: nn.Module) -> None: ...
+    @classmethod
+    def split(cls, name: str, module: nn.Module) -> "Sequence[Layer]":
+        """The layers of one module; most have one."""
+        return [cls(name, module)]  # type: ignore[call-arg]  # subclasses take the name and the module
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
-        """Why this kind cannot represent ``module`` exactly, or None."""
+        """Why this kind cannot represent ``module``, or None."""
         return None
+
+    def watch(self, recorder: Recorder) -> list[RemovableHandle]:
+        """Report every call of the module to ``recorder`` until the returned handles are removed."""
+        return [self.module.register_forward_hook(partial(self._report, recorder), with_kwargs=True)]
+
+    def _report(
+        self, recorder: Recorder, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor
+    ) -> None:
+        if recorder.active:
+            x = args[0] if args else next(iter(kwargs.values()))
+            recorder.record(self, self.remember(x.detach(), z), z)
+
+    def swaps(self, use: "Layer") -> bool:
+        """Whether ``use``, whose rows count for this layer, has its matrix transposed: its A then belongs to G."""
+        return False
+
+    def remember(self, x: Tensor, z: Tensor) -> Tensor:
+        """What to keep of an input until the gradient arrives: data first, so that some of them can be selected."""
+        return x
 
     @abstractmethod
     def inputs(self, x: Tensor) -> Tensor:
-        """The module's input as rows: (N, S, in)."""
+        """What was remembered as rows: ([B,] N, S, in)."""
 
     @abstractmethod
-    def gradients(self, g: Tensor) -> Tensor:
-        """A gradient at the module's output as rows: (N, S, out)."""
+    def gradients(self, g: Tensor, x: Tensor) -> Tensor:
+        """The gradient at an output as rows, ([B,] N, S, out), given what was remembered of the input."""
 
     @abstractmethod
-    def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors shaped like ``parameters`` as one matrix [W b]: (out, in [+ 1])."""
+    def to_matrix(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Gradients of ``parameters`` as one matrix: ([B,] out, in [+ 1])."""
 
     @abstractmethod
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
-        """The inverse of ``to_matrix``."""
+        """A step of the matrix as steps of ``parameters``."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(out, in [+ 1]): the sizes of G and A."""
 
+    @property
+    def diagonal(self) -> tuple[bool, bool]:
+        """Whether G and A are kept as diagonals."""
+        out, width = self.shape
+        return out > MAX_DENSE, width > MAX_DENSE
 
-_REGISTRY: dict[type[nn.Module], type[Layer]] = {}
+    def input_moment(self, rows: Tensor, sharing: Sharing) -> Moment:
+        """What rows made by ``inputs`` add to A."""
+        return moment(rows, self.has_bias, sharing, self.diagonal[1])
+
+    def gradient_moment(self, rows: Tensor, sharing: Sharing) -> Tensor:
+        """What rows made by ``gradients`` add to G."""
+        return moment(rows, False, sharing, self.diagonal[0]).total
+
+
+class WeightLayer(Layer):
+    """A layer whose module has a ``weight`` and perhaps a ``bias``, one entry for each row of the matrix."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        weight, bias = module.weight, getattr(module, "bias", None)
+        self.has_bias = bias is not None and bias.requires_grad
+        self.parameters = [cast(nn.Parameter, p) for p in ([weight, bias] if self.has_bias else [weight])]
+
+
+_REGISTRY: dict[type[nn.Module] | str, type[Layer]] = {}
 KindT = TypeVar("KindT", bound=type[Layer])
 
 
-def register(*modules: type[nn.Module]) -> Callable[[KindT], KindT]:
-    """Class decorator: handle ``modules`` (these exact types) by the decorated layer kind."""
+def register(*modules: type[nn.Module] | str) -> Callable[[KindT], KindT]:
+    """Class decorator: handle ``modules`` by the decorated layer kind.
+
+    Args:
+        *modules: Module types, matched exactly; or the name of a class that need not be importable.
+    """
 
     def decorate(kind: KindT) -> KindT:
         _REGISTRY.update(dict.fromkeys(modules, kind))
@@ -80,10 +162,13 @@ def register(*modules: type[nn.Module]) -> Callable[[KindT], KindT]:
 
 
 def registered(module: nn.Module) -> type[Layer] | None:
-    """The kind registered for the module's type, or None."""
-    return _REGISTRY.get(type(module))
+    """The kind registered for the module's type, seen through parametrizations, or None."""
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        kind = kind.__mro__[1]  # torch derives a class for each parametrized module
+    return _REGISTRY.get(kind) or _REGISTRY.get(kind.__name__)
 
 
 def registered_names() -> str:
     """The registered module types, for messages."""
-    return ", ".join(sorted(module.__name__ for module in _REGISTRY))
+    return ", ".join(sorted(kind if isinstance(kind, str) else kind.__name__ for kind in _REGISTRY))

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils import parametrize
 
+from natgrad.layers import tied, weight_norm
 from natgrad.layers.base import Layer, registered, registered_names
 
 
@@ -29,39 +31,79 @@ class Partition:
             f"{reasons or 'It has no parameters'}."
         )
 
+    def refuse_fallbacks(self) -> None:
+        """Raise a ``ValueError`` that lists every trainable parameter without a layer."""
+        reasons = {name: reason for name, reason in self.reasons.items() if reason != FROZEN}
+        if reasons:
+            listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+            raise ValueError(f"these parameters have no Kronecker-factored block:\n{listed}")
+
+
+FROZEN = "frozen (requires_grad=False)"
+
 
 def partition(model: nn.Module) -> Partition:
     """Split the parameters of ``model`` into layers and the rest."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for module_name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(module_name)
-
-    layers: list[Layer] = []
-    reasons: dict[str, str] = {}
-    for module_name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
-            continue
-        reason = _refusal(module, own, owners)
-        if reason is None:
-            kind = registered(module)
-            assert kind is not None
-            layers.append(kind(module_name, module))
+    found: list[Layer] = []
+    why: dict[str, str] = {}  # by module name
+    for name, module in model.named_modules():
+        candidates = _candidates(name, module)
+        if isinstance(candidates, str):
+            why[name] = candidates
         else:
-            prefix = f"{module_name}." if module_name else ""
-            reasons.update({f"{prefix}{name}": reason for name in own})
+            found += candidates
+    layers = _join_tied(found, _owners(model), why)
+    claimed = {id(p) for layer in layers for p in layer.parameters}
+    reasons = {
+        name: _reason(name, parameter, why)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in claimed
+    }
     return Partition(layers, reasons)
 
 
-def _refusal(module: nn.Module, own: dict[str, nn.Parameter], owners: dict[nn.Parameter, list[str]]) -> str | None:
+def _candidates(name: str, module: nn.Module) -> list[Layer] | str:
+    """The layers of one module, or why it has none."""
     kind = registered(module)
+    parametrized = parametrize.is_parametrized(module)
     if kind is None:
         return f"no layer kind is registered for {type(module).__name__}"
-    frozen = [name for name, parameter in own.items() if not parameter.requires_grad]
-    if frozen:
-        return f"{' and '.join(frozen)} frozen (requires_grad=False)"
-    for name, parameter in own.items():
-        if len(owners[parameter]) > 1:
-            return f"{name} is shared by the modules {', '.join(owners[parameter])}"
-    return kind.refuses(module)
+    reason = kind.refuses(module) or (weight_norm.refusal(module) if parametrized else None)
+    if reason is not None:
+        return reason
+    if not any(p.requires_grad for p in module.parameters()):
+        return FROZEN
+    layers = [weight_norm.WeightNormLayer(layer) if parametrized else layer for layer in kind.split(name, module)]
+    return [layer for layer in layers if layer.parameters[0].requires_grad]
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold each parameter themselves, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _join_tied(found: list[Layer], owners: dict[int, list[str]], why: dict[str, str]) -> list[Layer]:
+    """Layers that share their first parameter become one."""
+    by_weight: dict[int, list[Layer]] = {}
+    for layer in found:
+        by_weight.setdefault(id(layer.parameters[0]), []).append(layer)
+    layers: list[Layer] = []
+    for uses in by_weight.values():
+        holders = owners[id(uses[0].parameters[0])]
+        reason = tied.refusal(uses, holders) if len(holders) > 1 else None
+        if reason is None:
+            layers.append(uses[0] if len(uses) == 1 else tied.TiedLayer(uses))
+        else:
+            why.update(dict.fromkeys(holders, f"shared by {', '.join(holders)}: {reason}"))
+    return layers
+
+
+def _reason(name: str, parameter: nn.Parameter, why: dict[str, str]) -> str:
+    if not parameter.requires_grad:
+        return FROZEN
+    module = name.rpartition(".")[0].partition(".parametrizations")[0]
+    return why.get(module, "not part of its layer's matrix")

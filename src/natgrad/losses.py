@@ -1,0 +1,159 @@
+"""What a user's ``loss`` argument means: a likelihood, and for a torch loss module the weights that its targets imply.
+
+The curvature of most losses at the model's output depends on the output alone. Class weights, ignored targets, label
+smoothing, soft targets and positive weights make it depend on the targets too, by a weight w on each criterion:
+
+====================== ====================================== =========================================
+module                 weight of the curvature                what ``"mean"`` divides by
+====================== ====================================== =========================================
+CrossEntropyLoss       Σ_k q_k w_k, zero where ignored        Σ w_y over what is not ignored; soft targets: their number
+NLLLoss                w_y, zero where ignored                Σ w_y
+BCEWithLogitsLoss      w (1 + (pos_weight − 1) y)             number of entries
+GaussianNLLLoss        1 / variance                           number of entries
+====================== ====================================== =========================================
+
+with q the target distribution after smoothing. A target is seen only by the module, so these modules are hooked, and
+must be called in the training loop; vectors are then drawn for the tensor that the module got, whatever its layout.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson, Reduction
+
+
+class Weights(NamedTuple):
+    """Of the criteria, shaped like the output with one entry where the classes are.
+
+    Attributes:
+        curvature: Factor on ∇²c.
+        terms: What each criterion adds to the divisor of a mean.
+    """
+
+    curvature: Tensor
+    terms: Tensor
+
+
+Weigh = Callable[[Any, Tensor, tuple[Any, ...]], Weights]
+"""From a loss module, its input and its other arguments to the weights."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A likelihood and, where the targets matter, the module to watch for them.
+
+    Attributes:
+        likelihood: None if no loss was given.
+        module: The loss module that sees the targets.
+        weigh: What it implies.
+        indispensable: Whether the curvature cannot be known without the module; else it is only the ignored targets.
+    """
+
+    likelihood: Likelihood | None
+    module: nn.Module | None = None
+    weigh: Weigh | None = None
+    indispensable: bool = False
+
+
+_BY_NAME: dict[str, type[Likelihood]] = {
+    "mse": Gaussian,
+    "cross_entropy": Categorical,
+    "bce_with_logits": Bernoulli,
+}
+
+
+def resolve(loss: str | nn.Module | Likelihood | None) -> Loss:
+    """The meaning of a user's ``loss`` argument.
+
+    Raises:
+        ValueError: for an unknown name, or a loss module whose curvature is not known.
+        TypeError: for anything else than a name, a torch loss module, a ``Likelihood`` or None.
+    """
+    if loss is None or isinstance(loss, Likelihood):
+        return Loss(loss)
+    if isinstance(loss, str):
+        if loss not in _BY_NAME:
+            raise ValueError(f"`loss={loss!r}` is not known: use one of {', '.join(map(repr, _BY_NAME))}.")
+        return Loss(_BY_NAME[loss]())
+    if isinstance(loss, nn.Module):
+        return _from_module(loss)
+    raise TypeError(f"`loss` must be a name, a torch loss module or a `natgrad.likelihoods.Likelihood`, not {loss!r}.")
+
+
+def _from_module(module: nn.Module) -> Loss:
+    kind = _MODULES.get(type(module))
+    if kind is None:
+        raise ValueError(
+            f"`loss={module!r}`: natgrad knows {', '.join(k.__name__ for k in _MODULES)}. For another loss pass a "
+            "`natgrad.likelihoods.Likelihood` with the same curvature."
+        )
+    reduction = cast(Any, module).reduction
+    if reduction == "none":
+        raise ValueError(f"`loss={module!r}`: reduce with 'mean' or 'sum', so that the scale of the loss is known.")
+    make, weigh = kind
+    if isinstance(module, nn.BCEWithLogitsLoss) and module.weight is None and module.pos_weight is None:
+        weigh = None
+    options = any(getattr(module, name, None) is not None for name in ("weight", "pos_weight"))
+    indispensable = options or bool(getattr(module, "label_smoothing", 0)) or isinstance(module, nn.GaussianNLLLoss)
+    return Loss(make(module, cast(Reduction, reduction)), module if weigh else None, weigh, indispensable)
+
+
+def _weigh_cross_entropy(module: nn.CrossEntropyLoss, output: Tensor, others: tuple[Any, ...]) -> Weights:
+    target: Tensor = others[0]
+    classes = output.shape[1]
+    weight = module.weight if module.weight is not None else output.new_ones(classes)
+    smoothing = module.label_smoothing
+    if target.is_floating_point():
+        soft = target * (1 - smoothing) + smoothing / classes
+        curvature = torch.tensordot(soft, weight, dims=([1], [0])).unsqueeze(1)
+        return Weights(curvature, torch.ones_like(curvature))
+    own, kept = _class_weights(weight, target, module.ignore_index)
+    curvature = ((1 - smoothing) * own + smoothing * weight.mean()) * kept
+    return Weights(curvature.unsqueeze(1), (own * kept).unsqueeze(1))
+
+
+def _weigh_nll(module: nn.NLLLoss, output: Tensor, others: tuple[Any, ...]) -> Weights:
+    weight = module.weight if module.weight is not None else output.new_ones(output.shape[1])
+    own, kept = _class_weights(weight, others[0], module.ignore_index)
+    return Weights((own * kept).unsqueeze(1), (own * kept).unsqueeze(1))
+
+
+def _class_weights(weight: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Weight of each target's class, and whether it counts."""
+    kept = target != ignore_index
+    return weight[target.where(kept, 0)], kept
+
+
+def _weigh_bernoulli(module: nn.BCEWithLogitsLoss, output: Tensor, others: tuple[Any, ...]) -> Weights:
+    target: Tensor = others[0]
+    positive = 1.0 if module.pos_weight is None else 1 + (module.pos_weight - 1) * target
+    weight = 1.0 if module.weight is None else module.weight
+    ones = torch.ones_like(output)
+    return Weights(ones * positive * weight, ones)
+
+
+def _weigh_gaussian(module: nn.GaussianNLLLoss, output: Tensor, others: tuple[Any, ...]) -> Weights:
+    variance = others[1] if isinstance(others[1], Tensor) else torch.as_tensor(others[1])
+    if variance.requires_grad:
+        raise ValueError(
+            f"`loss={module!r}` got a variance that the model learns: let the model return mean and variance as one "
+            "tensor of shape (N, 2, …) and pass `loss=natgrad.likelihoods.MeanVariance()`."
+        )
+    ones = torch.ones_like(output)
+    variance = variance.to(output)
+    variance = variance if variance.ndim in (0, output.ndim) else variance.unsqueeze(-1)
+    return Weights(ones / variance.clamp(min=module.eps), ones)
+
+
+_MODULES: dict[type[nn.Module], tuple[Callable[[Any, Reduction], Likelihood], Weigh | None]] = {
+    nn.MSELoss: (lambda module, reduction: Gaussian(reduction), None),
+    nn.CrossEntropyLoss: (lambda module, reduction: Categorical(reduction), _weigh_cross_entropy),
+    nn.BCEWithLogitsLoss: (lambda module, reduction: Bernoulli(reduction), _weigh_bernoulli),
+    nn.NLLLoss: (lambda module, reduction: LogCategorical(reduction), _weigh_nll),
+    nn.PoissonNLLLoss: (lambda module, reduction: Poisson(reduction, log_input=module.log_input), None),
+    nn.GaussianNLLLoss: (lambda module, reduction: Gaussian(reduction, half=True), _weigh_gaussian),
+}
