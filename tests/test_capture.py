@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import natgrad
-from linear_cases import assert_blocks, product_blocks, stack
+from cases import assert_blocks, product_blocks
+from linear_cases import stack
 from natgrad import capture
-from natgrad.capture import Batch
+from natgrad.batch import Batch
+from natgrad.factors import Statistics
 from natgrad.likelihoods import Gaussian
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -30,6 +32,15 @@ def take_step(preconditioner: natgrad.Preconditioner, x: Tensor) -> None:
     preconditioner.step()
 
 
+def empty(preconditioner: natgrad.Preconditioner) -> Batch:
+    return Batch(preconditioner.loss, preconditioner.fisher)
+
+
+def statistics(preconditioner: natgrad.Preconditioner) -> dict[str, Statistics]:
+    """By layer; of tied layers there would be two."""
+    return {name: s for (name, swapped), s in preconditioner.capture.batch.statistics.items() if not swapped}
+
+
 # When there is something to capture.
 
 
@@ -40,13 +51,13 @@ def test_without_gradients_nothing_is_captured(fisher: str, mode: Callable[[], A
     preconditioner = natgrad.Preconditioner(network(), "mse", fisher=fisher)
     with mode():
         preconditioner.model(torch.randn(5, 3))
-    assert preconditioner.capture.batch == Batch()
+    assert preconditioner.capture.batch == empty(preconditioner)
 
 
 def test_a_layer_called_on_its_own_is_not_captured() -> None:
     preconditioner = natgrad.Preconditioner(network(), "mse")
     preconditioner.model[0](torch.randn(5, 3))
-    assert preconditioner.capture.batch == Batch()
+    assert preconditioner.capture.batch == empty(preconditioner)
 
 
 def test_while_disabled_forwards_are_counted_and_statistics_are_not_gathered() -> None:
@@ -60,11 +71,10 @@ def test_while_disabled_forwards_are_counted_and_statistics_are_not_gathered() -
 def test_empirical_gradients_arrive_during_the_backward_pass() -> None:
     preconditioner = natgrad.Preconditioner(network(), "mse", fisher="empirical")
     loss = preconditioner.model(torch.randn(5, 3)).square().sum()
-    statistics = preconditioner.capture.batch.statistics
-    assert statistics.keys() == {"0", "2"}
-    assert all(s.G is None for s in statistics.values())
+    assert statistics(preconditioner).keys() == {"0", "2"}
+    assert all(s.G is None for s in statistics(preconditioner).values())
     loss.backward()
-    assert all(s.G is not None for s in statistics.values())
+    assert all(s.G is not None for s in statistics(preconditioner).values())
 
 
 class Discarding(nn.Module):
@@ -127,9 +137,9 @@ def test_autocast_does_not_round_the_statistics(fisher: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x)
     assert out.dtype == torch.bfloat16
-    statistics = preconditioner.capture.batch.statistics["0"]
-    assert {t.dtype for t in statistics.tensors()} == {torch.float32}
-    assert statistics.A[0, 0] == 4 * (1 + 2.0**-12) ** 2
+    sums = statistics(preconditioner)["0"]
+    assert {t.dtype for t in sums.tensors()} == {torch.float32}
+    assert sums.A[0, 0] == 4 * (1 + 2.0**-12) ** 2
 
 
 # Draws.
@@ -169,8 +179,8 @@ def test_the_same_step_draws_the_same_after_a_reload() -> None:
         take_step(first, x)
     take_step(second, x)
     take_step(second, x)
-    assert all(map(torch.equal, second.likelihood.drawn, first.likelihood.drawn[2:]))
-    assert len(second.likelihood.drawn) == 2
+    assert all(map(torch.equal, second.loss.likelihood.drawn, first.loss.likelihood.drawn[2:]))
+    assert len(second.loss.likelihood.drawn) == 2
 
 
 class Constant(Gaussian):
@@ -204,7 +214,8 @@ def test_a_fraction_of_identical_data_gives_all_of_them(fisher: str, fraction: f
 def chosen(preconditioner: natgrad.Preconditioner, n: int) -> list[int]:
     """Which of n one-hot data entered the first layer's A in a forward pass."""
     preconditioner.model(torch.eye(n))
-    A = preconditioner.capture.take().statistics["0"].A
+    A = statistics(preconditioner)["0"].A
+    preconditioner.capture.take()
     return A.diagonal()[:n].nonzero().flatten().tolist()
 
 
@@ -225,14 +236,14 @@ def test_auto_keeps_two_rows_for_each_dimension(n: int, expected: int, monkeypat
     monkeypatch.setattr(capture, "MIN_ROWS", 10)
     preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
     preconditioner.model(torch.randn(n, 5))
-    assert abs(preconditioner.capture.batch.statistics["0"].rows - expected) <= 1
+    assert abs(statistics(preconditioner)["0"].rows - expected) <= 1
 
 
 def test_auto_counts_positions_and_keeps_a_least_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "MIN_ROWS", 30)
     preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
     preconditioner.model(torch.randn(12, 10, 5))  # 120 rows: every fourth datum
-    assert preconditioner.capture.batch.statistics["0"].rows == 30
+    assert statistics(preconditioner)["0"].rows == 30
 
 
 # What is refused.

@@ -6,7 +6,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from natgrad.factors import Statistics, choose_decay, resolve_sharing, second_moment, update_average
+from cases import dense_block, every_sharing
+from natgrad.factors import Statistics, choose_decay, join, resolve_sharing, update_average
+from natgrad.layers.moments import moment
+from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
 some_examples = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
@@ -65,55 +68,136 @@ def test_decay_is_zero_from_two_rows_for_each_dimension(rows: int, decay: float)
 
 # Sums over rows.
 
-
-@some_examples
-@hypothesis.given(n=st.integers(1, 6), d=st.integers(1, 4), bias=st.booleans())
-def test_second_moment_is_that_of_the_extended_rows(n: int, d: int, bias: bool) -> None:
-    rows = random(n, d)
-    extended = with_ones(rows) if bias else rows
-    assert torch.allclose(second_moment(rows, bias), extended.T @ extended)
+SIDE_BY_SIDE = st.sampled_from([None, 1, 3])
 
 
+def dense(F: Tensor) -> Tensor:
+    """Of a factor that may be kept as a diagonal."""
+    return F if F.shape[-2] == F.shape[-1] else F.squeeze(-1).diag_embed()
+
+
+def diagonal_of(F: Tensor) -> Tensor:
+    return F.diagonal(dim1=-2, dim2=-1).diag_embed()
+
+
+@every_sharing
 @some_examples
 @hypothesis.given(
-    N=st.integers(1, 4), S=st.integers(1, 3), bias=st.booleans(), sharing=st.sampled_from(["expand", "reduce"])
+    N=st.integers(1, 4), S=st.integers(1, 3), d=st.integers(1, 4), B=SIDE_BY_SIDE, bias=st.booleans(), diagonal=...
 )
-def test_sums_follow_the_formulas_of_the_module(N: int, S: int, bias: bool, sharing: str) -> None:
-    """A = ΣA / n or ΣA / (N S²), G = R ΣG, over two calls. Catches a bias entry of 1 where S ones are summed."""
-    statistics = Statistics()
+def test_moment_is_that_of_the_extended_rows(
+    sharing: str, N: int, S: int, d: int, B: int | None, bias: bool, diagonal: bool
+) -> None:
+    """Catches a bias entry of 1 where S ones are summed, and blocks that mix."""
+    rows = random(*[B] * (B is not None), N, S, d)
+    extended = with_ones(rows) if bias else rows
+    flat = extended.flatten(-3, -2) if sharing == "expand" else extended.sum(-2)
+    total, weight, count = moment(rows, bias, sharing, diagonal)
+    expected = flat.mT @ flat
+    assert total.shape[-1] == (1 if diagonal else expected.shape[-1])
+    assert torch.allclose(dense(total), diagonal_of(expected) if diagonal else expected)
+    assert weight == (N * S if sharing == "expand" else N * S**2)
+    assert count == (N * S if sharing == "expand" else N)
+
+
+@every_sharing
+@some_examples
+@hypothesis.given(N=st.integers(1, 4), S=st.integers(1, 3), B=SIDE_BY_SIDE, bias=st.booleans())
+def test_sums_follow_the_formulas_of_the_modules(sharing: str, N: int, S: int, B: int | None, bias: bool) -> None:
+    """A = ΣA / n or ΣA / (N S²), G = R ΣG, over two calls of different sizes."""
+    statistics, leading = Statistics(B), [B] * (B is not None)
     expected_A, expected_G, weight = 0, 0, 0
     for seed, data in ((0, N), (1, 2 * N)):
-        x, g = random(data, S, 3, seed=seed), random(data, S, 2, seed=10 + seed)
-        statistics.add_inputs(x, bias, sharing)
-        statistics.add_gradients(g, sharing, 0.5)
+        x, g = random(*leading, data, S, 3, seed=seed), random(*leading, data, S, 2, seed=10 + seed)
+        statistics.add_inputs(moment(x, bias, sharing, False), slice(None))
+        statistics.add_gradients(moment(g, False, sharing, False).total, slice(None), 0.5)
         x = with_ones(x) if bias else x
-        rows_x, rows_g = (t.flatten(0, 1) if sharing == "expand" else t.sum(1) for t in (x, g))
-        expected_A, expected_G = expected_A + rows_x.T @ rows_x, expected_G + 0.5 * rows_g.T @ rows_g
+        rows_x, rows_g = (t.flatten(-3, -2) if sharing == "expand" else t.sum(-2) for t in (x, g))
+        expected_A, expected_G = expected_A + rows_x.mT @ rows_x, expected_G + 0.5 * rows_g.mT @ rows_g
         weight += data * S if sharing == "expand" else data * S**2
-    A, G = statistics.factors(scale=0.25)
+    A, G = statistics.factors(0.25, torch.zeros(2, 2))
     assert torch.allclose(A, expected_A / weight)
     assert torch.allclose(G, 0.25 * expected_G)
     assert statistics.rows == 3 * N * (S if sharing == "expand" else 1)
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_half_precision_rows_are_summed_in_single_precision(sharing: str) -> None:
+def test_a_call_counts_for_the_blocks_that_took_part() -> None:
+    """As in cross-attention, whose query sees other inputs than key and value; one block takes no part at all."""
+    statistics = Statistics(4)
+    query, other = random(5, 2, 3), random(5, 7, 3, seed=1)
+    statistics.add_inputs(moment(query, True, "expand", False), slice(0, 1))
+    statistics.add_inputs(moment(other, True, "expand", False), slice(1, 3))
+    statistics.add_gradients(torch.ones(2, 2, 2), slice(1, 3), 1.0)
+    A, G = statistics.factors(1.0, torch.zeros(4, 2, 2))
+    means = [with_ones(x).flatten(0, 1) for x in (query, other, other)]
+    means = [rows.T @ rows / len(rows) for rows in means]
+    assert torch.allclose(A, torch.stack([*means, torch.zeros(4, 4)]))
+    assert torch.equal(G, torch.tensor([0.0, 1, 1, 0])[:, None, None].expand(4, 2, 2))
+
+
+@every_sharing
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_half_precision_rows_are_summed_in_single_precision(sharing: str, diagonal: bool) -> None:
     """In bfloat16 a sum of ones stops at 256."""
     ones = torch.ones(3000, 2, 1, dtype=torch.bfloat16)
-    statistics = Statistics()
-    statistics.add_inputs(ones, True, sharing)
-    statistics.add_gradients(ones, sharing, 1.0)
-    assert {t.dtype for t in statistics.tensors()} == {torch.float32}
-    total = 6000.0 if sharing == "expand" else 12000.0
-    assert torch.equal(statistics.A, torch.full((2, 2), total, dtype=torch.float32))
-    assert statistics.G.item() == total
+    total = moment(ones, True, sharing, diagonal).total
+    assert total.dtype == torch.float32
+    value = 6000.0 if sharing == "expand" else 12000.0
+    assert torch.equal(total, torch.full((2, 1 if diagonal else 2), value, dtype=torch.float32))
 
 
-def test_without_gradients_there_is_no_factor_of_them() -> None:
-    statistics = Statistics()
-    statistics.add_inputs(random(4, 1, 3), False, "expand")
-    assert statistics.factors(1.0)[1] is None
+def test_without_gradients_the_given_factor_stands_for_theirs() -> None:
+    statistics = Statistics(None)
+    statistics.add_inputs(moment(random(4, 1, 3), False, "expand", False), slice(None))
+    zero = torch.zeros(2, 2)
+    assert statistics.factors(1.0, zero)[1] is zero
     assert len(list(statistics.tensors())) == 1
+
+
+# Two uses of one weight.
+
+
+def semidefinite(d: int, seed: int, diagonal: bool = False) -> Tensor:
+    rows = random(d + 2, d, seed=seed)
+    return rows.square().sum(0)[:, None] if diagonal else rows.T @ rows
+
+
+def partial_traces(block: Tensor, out: int) -> tuple[Tensor, Tensor]:
+    """Over A and over G, of a block over row-major (out, in)."""
+    split = block.unflatten(0, (out, -1)).unflatten(2, (out, -1))
+    return torch.einsum("oipi->op", split), torch.einsum("oioj->ij", split)
+
+
+@some_examples
+@hypothesis.given(d=st.integers(1, 4), out=st.integers(1, 4), columns=st.tuples(*[st.booleans()] * 4))
+def test_join_keeps_the_partial_traces(d: int, out: int, columns: tuple[bool, ...]) -> None:
+    """Of factors dense and diagonal, in all combinations."""
+    uses = [(semidefinite(d, seed, columns[seed]), semidefinite(out, 10 + seed, columns[2 + seed])) for seed in (0, 1)]
+    total = sum(dense_block(*use) for use in uses)
+    joined = partial_traces(dense_block(*join(*uses)), out)
+    for actual, expected in zip(joined, partial_traces(total, out), strict=True):
+        assert relative_error(actual, expected) < 1e-12
+
+
+@pytest.mark.parametrize("same", ["A", "G"])
+def test_join_is_the_sum_where_one_factor_is_the_same(same: str) -> None:
+    A, G = semidefinite(3, 0), semidefinite(2, 1)
+    other = (2.5 * A, semidefinite(2, 2)) if same == "A" else (semidefinite(3, 2), 2.5 * G)
+    expected = dense_block(A, G) + dense_block(*other)
+    assert relative_error(dense_block(*join((A, G), other)), expected) < 1e-12
+
+
+def test_join_pads_the_use_without_a_bias() -> None:
+    with_bias, without = (semidefinite(4, 0), semidefinite(2, 1)), (semidefinite(3, 2), semidefinite(2, 3))
+    padded = torch.nn.functional.pad(without[0], (0, 1, 0, 1)), without[1]
+    for actual, expected in zip(join(with_bias, without), join(with_bias, padded), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_join_of_nothing_is_nothing() -> None:
+    """Zero over zero would be spread to all parameters."""
+    zero = torch.zeros(3, 3), torch.zeros(2, 2)
+    assert all(torch.equal(F, torch.zeros_like(F)) for F in join(zero, zero))
 
 
 # What a user may write as `sharing`.

@@ -16,27 +16,20 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import natgrad
-from linear_cases import (
+from cases import (
     CROSS_ENTROPY,
     LOSSES,
     MSE,
     TOLERANCE,
-    Halves,
     Loss,
-    Mixed,
-    Pooled,
-    Recurrent,
     assert_blocks,
     data_for,
     every_loss,
     every_sharing,
     every_squared_loss,
-    inputs,
-    linear_layers,
-    networks,
     product_blocks,
-    stack,
 )
+from linear_cases import Halves, Mixed, Pooled, Recurrent, inputs, linear_layers, networks, stack
 from natgrad.likelihoods import Gaussian
 from oracle import (
     empirical_fisher_block,
@@ -165,10 +158,7 @@ def test_two_position_axes_equal_dense_kfac(sharing: str) -> None:
     assert_blocks(product_blocks(model, "mse", mse_loss, (x, y), fisher="exact", sharing=sharing), expected)
 
 
-@pytest.mark.parametrize(
-    "sharing",
-    ["expand", pytest.param("reduce", marks=pytest.mark.xfail(strict=True, reason="natgrad sums within calls only"))],
-)
+@every_sharing
 @pytest.mark.parametrize("loss", [MSE, CROSS_ENTROPY], ids=["mse", "ce"])
 def test_calls_that_interact_equal_dense_kfac(loss: Loss, sharing: str) -> None:
     """A layer three times in a row: catches the calls' inputs paired with another call's gradients."""

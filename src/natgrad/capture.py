@@ -11,98 +11,25 @@ arrive during the user's ``backward()``.
 """
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
+from natgrad.batch import Batch, Call, Fisher, Forward
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
 from natgrad.layers import Layer, Sharing, at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
 
-Fisher = Literal["mc", "exact", "empirical", "forward"]
+Observer = Callable[[list[tuple["Call", Tensor]], float], None]
+"""Is told of each backpropagated vector: the calls, the gradients at their outputs, and the weight of the vector."""
 
 # With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time and change little.
 MIN_ROWS = 2048
-
-
-@dataclass
-class Call:
-    """One call of a layer during one forward of the model.
-
-    Attributes:
-        layer: Whose methods make the rows.
-        owner: The layer that they count for.
-        x: What the layer remembered of the input, restricted to the data that enter the factors.
-        edge: Where the gradient of the output arrives.
-        data: Which data enter the factors.
-        upscale: All data over those that enter.
-        blocks: Which blocks of the layer took part.
-        use: The calls whose rows are positions of the same rows, this one among them.
-        g: The gradient of the output, while the others' are still to come.
-    """
-
-    layer: Layer
-    owner: Layer
-    x: Tensor
-    edge: GradientEdge
-    data: slice
-    upscale: float
-    blocks: slice
-    use: "list[Call]" = field(default_factory=list)
-    g: Tensor | None = None
-
-
-@dataclass
-class Forward:
-    """One forward pass of the model.
-
-    Attributes:
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        output: The tensor that the loss sees.
-        uses: The calls of the layers, together where their rows are positions of the same rows; none if not due.
-        weights: What the targets imply, where a loss module was watched.
-        seen: The model's own output, where the loss module got a rearranged one.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Tensor
-    uses: list[list[Call]]
-    weights: Weights | None = None
-    seen: Tensor | None = None
-
-    @property
-    def data(self) -> int:
-        """N."""
-        return (self.output if self.seen is None else self.seen).shape[0]
-
-
-@dataclass
-class Batch:
-    """Everything captured since the last step.
-
-    Attributes:
-        statistics: Per layer name, and whether rows of A and G change places.
-        forwards: Number of forward passes.
-        data: Number of data, summed over the forwards.
-        terms: What the loss's reduction divides by, summed over the forwards.
-        criteria: Number of criteria, summed over the forwards.
-        latest: The latest forward.
-    """
-
-    statistics: dict[tuple[str, bool], Statistics] = field(default_factory=dict)
-    forwards: int = 0
-    data: int = 0
-    terms: float = 0.0
-    criteria: float = 0.0
-    latest: Forward | None = None
 
 
 def check_fisher(fisher: str, likelihood: Likelihood | None) -> None:
@@ -150,17 +77,19 @@ class Capture:
         self.batch_fraction, self.sharing, self.output, self.seed = batch_fraction, sharing, output, seed
         self.enabled = True
         self.step = 0
-        self.batch = Batch()
+        self.observer: Observer | None = None
+        self.batch = Batch(loss, fisher)
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
         self._waiting: Forward | None = None  # for the loss module to be called
-        self._random = random.Random()
+        self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
+        self._offset = 0.0  # in [0, 1): where in every k data the chosen one is; the same for all calls of a forward
         self._handles = [handle for layer in layers for handle in layer.watch(self)]
         self._handles += [
             model.register_forward_pre_hook(self._before_model),
             model.register_forward_hook(self._after_model, with_kwargs=True),
         ]
         if loss.module is not None:
-            self._handles.append(loss.module.register_forward_hook(self._after_loss))
+            self._handles.append(loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -170,7 +99,7 @@ class Capture:
     @property
     def active(self) -> bool:
         """Whether layers should report their calls: the model is running, with gradients, and statistics are due."""
-        return self._calls is not None and self.enabled
+        return self._calls is not None and self.enabled and torch.is_grad_enabled()
 
     def take(self) -> Batch:
         """Hand over what was captured and start anew.
@@ -184,7 +113,10 @@ class Capture:
                 f"the loss module given to natgrad, {self.loss.module!r}, was not called with the model's output: call "
                 "that very module in the training loop, as natgrad learns from it which targets count and how much."
             )
-        batch, self.batch = self.batch, Batch()
+        for use in self._open:
+            self._finish(use)
+        self._open = []
+        batch, self.batch = self.batch, Batch(self.loss, self.fisher)
         return batch
 
     def select(self, raw: Any) -> Tensor:
@@ -206,16 +138,14 @@ class Capture:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._calls = [] if torch.is_grad_enabled() else None
-        self._random.seed(self._draw())
+        self._offset = random.Random(self._draw()).random()
 
-    def record(
-        self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), owner: Layer | None = None
-    ) -> None:
+    def record(self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
         if self._calls is None or not z.requires_grad:
             return
         data, upscale = self._choose(layer, z)
-        call = Call(layer, owner or layer, x[data], get_gradient_edge(z), data, upscale, blocks)
+        call = Call(layer, layer.owner, x[data], get_gradient_edge(z), data, upscale, blocks)
         self._calls.append(call)
         if self.fisher == "empirical":
             z.register_hook(partial(self._add_empirical, call))
@@ -226,22 +156,26 @@ class Capture:
             return
         forward = Forward(args, kwargs, self.select(raw), self._uses(calls))
         if self.loss.module is None:
+            if self.output is not None and isinstance(raw, Tensor):
+                forward.returned = raw
             self._gather(forward)
         else:
             self._waiting = forward
             if not self.loss.indispensable:
                 forward.output.register_hook(partial(self._without_loss, forward))
 
-    def _after_loss(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+    def _after_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         """The loss module has seen the model's output, perhaps rearranged, and the targets."""
-        if self._waiting is None or not args[0].requires_grad or self.loss.likelihood is None:
+        named = {**dict(zip(("input", "target", "var"), args, strict=False)), **kwargs}
+        seen = named.pop("input")
+        if self._waiting is None or not seen.requires_grad or self.loss.likelihood is None:
             return
         forward, self._waiting = self._waiting, None
         assert self.loss.weigh is not None
-        self.loss.likelihood.check(args[0])
+        self.loss.likelihood.check(seen)
         with torch.no_grad():
-            forward.weights = self.loss.weigh(module, at_least_float32(args[0].detach()), args[1:])
-        forward.seen, forward.output = forward.output, args[0]
+            forward.weights = self.loss.weigh(module, at_least_float32(seen.detach()), tuple(named.values()))
+        forward.seen, forward.output = forward.output, seen
         self._gather(forward)
 
     def _without_loss(self, forward: Forward, g: Tensor) -> None:
@@ -253,6 +187,7 @@ class Capture:
             return
         self._waiting = None
         self.loss.likelihood.check(forward.output)
+        forward.note(g)
         counted = (g != 0).any(dim=1, keepdim=True).to(g.dtype)
         forward.weights = Weights(counted, counted)
         self._gather(forward)
@@ -268,27 +203,23 @@ class Capture:
                     self._statistics(use[0]).add_inputs(moment, use[0].blocks)
                 if self.fisher in ("mc", "exact"):
                     self._backpropagate(forward)
+        if forward.gradient is None:
+            forward.listen()
         self.batch.forwards += 1
         self.batch.data += forward.data
-        self.batch.terms += self._terms(forward)
-        self.batch.criteria += self.loss.likelihood.criteria(output) if self.loss.likelihood else forward.data
-        forward.uses, forward.output = [], output.detach()  # lets go of the graph and of the calls
+        self.batch.terms += forward.terms(self.loss.likelihood)
+        self.batch.positions += forward.positions
+        if self.fisher == "empirical":
+            self._open += [use for use in forward.uses if len(use) > 1]
+        forward.release()
         self.batch.latest = forward
-
-    def _terms(self, forward: Forward) -> float:
-        likelihood = self.loss.likelihood
-        if likelihood is None:
-            return forward.data
-        if forward.weights is not None and likelihood.reduction == "mean":
-            return float(forward.weights.terms.sum())
-        return likelihood.terms(forward.output)
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
         """Calls whose rows are one row's positions: with ``"reduce"`` those of one layer, else each by itself."""
         together: dict[Any, list[Call]] = {}
         for number, call in enumerate(calls):
             reduced = self.sharing[call.owner.name] == "reduce"
-            key = (id(call.layer), str(call.blocks), len(call.x)) if reduced else number
+            key = (call.owner.name, call.owner.swaps(call.layer), str(call.blocks), len(call.x)) if reduced else number
             call.use = together.setdefault(key, [])
             call.use.append(call)
         return list(together.values())
@@ -296,13 +227,13 @@ class Capture:
     def _backpropagate(self, forward: Forward) -> None:
         edges = [call.edge for use in forward.uses for call in use]
         for vector, weight in self._vectors(forward):
-            grads = iter(
-                torch.autograd.grad(
-                    forward.output, edges, vector.to(forward.output.dtype), retain_graph=True, allow_unused=True
-                )
+            grads = torch.autograd.grad(
+                forward.output, edges, vector.to(forward.output.dtype), retain_graph=True, allow_unused=True
             )
+            self._notify(zip((call for use in forward.uses for call in use), grads, strict=True), weight)
+            each = iter(grads)
             for use in forward.uses:
-                self._add_gradients(use, [next(grads) for _ in use], weight)
+                self._add_gradients(use, [next(each) for _ in use], weight)
 
     def _vectors(self, forward: Forward) -> Iterator[tuple[Tensor, float]]:
         """Vectors to backpropagate, and the weight of the outer product of each."""
@@ -321,13 +252,24 @@ class Capture:
     def _add_empirical(self, call: Call, g: Tensor) -> None:
         call.g = g.detach()
         if all(other.g is not None for other in call.use):
-            with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-                self._add_gradients(call.use, [other.g for other in call.use], 1.0)
-            for other in call.use:
-                other.g = None
+            self._finish(call.use)
+
+    def _finish(self, use: list[Call]) -> None:
+        """Add the user's gradients; there is none at a call that the loss does not depend on."""
+        grads = [call.g for call in use]
+        if any(g is not None for g in grads):
+            with torch.no_grad(), torch.autocast(use[0].x.device.type, enabled=False):
+                self._notify(zip(use, grads, strict=True), 1.0)
+                self._add_gradients(use, grads, 1.0)
+            for call in use:
+                call.g = None
+
+    def _notify(self, pairs: Iterable[tuple[Call, Tensor | None]], weight: float) -> None:
+        if self.observer is not None:
+            self.observer([(call, call.chosen(g)) for call, g in pairs if g is not None], weight)
 
     def _add_gradients(self, use: list[Call], grads: list[Tensor | None], weight: float) -> None:
-        pairs = [(call, g[call.data]) for call, g in zip(use, grads, strict=True) if g is not None]
+        pairs = [(call, call.chosen(g)) for call, g in zip(use, grads, strict=True) if g is not None]
         if pairs:
             rows = torch.cat([call.layer.gradients(g, call.x) for call, g in pairs], dim=-2)
             first = use[0]
@@ -340,7 +282,7 @@ class Capture:
 
     def _choose(self, layer: Layer, z: Tensor) -> tuple[slice, float]:
         """Every k-th datum of the batch, from a random start, as a view; and all data over these."""
-        n = z.shape[0]
+        n = z.shape[layer.data_dim]
         if z.ndim < 2 or n == 0:
             return slice(None), 1.0
         if self.batch_fraction == "auto":
@@ -349,12 +291,12 @@ class Capture:
         else:
             every = round(1 / self.batch_fraction)
         every = min(max(every, 1), n)
-        start = self._random.randrange(every)
+        start = int(self._offset * every)
         return slice(start, None, every), n / len(range(start, n, every))
 
     def _draw(self) -> int:
         """The seed of this forward's draws, different for every step and micro-batch."""
-        return (self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards
+        return ((self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards) % 2**63
 
 
 def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:

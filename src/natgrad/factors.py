@@ -118,13 +118,13 @@ def _trace(F: Tensor) -> Tensor:
     return F.sum() if F.shape[-1] == 1 else F.diagonal(dim1=-2, dim2=-1).sum()
 
 
-def choose_decay(rows: int, dimension: int) -> float:
-    """ρ for a batch that gives ``rows`` rows to factors of at most ``dimension``: 0 where these suffice by themselves.
+def determines(rows: int, dimension: int) -> bool:
+    """Whether a batch of so many rows determines factors of at most ``dimension`` by itself.
 
-    Factors move fast early in training, and a stale factor costs more than a noisy one as soon as the noise is
-    bearable: ``docs/decisions.md`` has the measurements.
+    Then no running average is needed: factors move fast early in training, and a stale one costs more than a noisy one
+    as soon as the noise is bearable. ``docs/decisions.md`` has the measurements.
     """
-    return 0.0 if rows >= ROWS_PER_DIMENSION * dimension else LONG_DECAY
+    return rows >= ROWS_PER_DIMENSION * dimension
 
 
 def update_average(state: dict[str, Tensor], A: Tensor, G: Tensor, decay: float) -> None:

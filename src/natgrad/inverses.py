@@ -62,7 +62,7 @@ class EigenInverse(Inverse):
         g, Q_G = eigh(G)
         denominator = (g.clamp(min=0) + damping.g).unsqueeze(-1) * (a.clamp(min=0) + damping.a).unsqueeze(-2)
         denominator = denominator + damping.product
-        # Without any damping a null direction is left out, as a pseudo-inverse does, instead of divided by zero.
+        # A direction that neither curvature nor damping holds, to rounding, is left out, as a pseudo-inverse does.
         floor = torch.finfo(denominator.dtype).eps * denominator.amax((-2, -1), keepdim=True)
         scale = torch.where(denominator > floor, denominator, torch.inf).reciprocal()
         return {"A_basis": Q_A, "G_basis": Q_G, "scale": scale}

@@ -27,6 +27,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Reduction = Literal["mean", "sum", "batchmean"]
 
@@ -61,6 +62,22 @@ class Likelihood(ABC):
     @abstractmethod
     def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
         """∇²c times ``vector``; both shaped like ``output``."""
+
+    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
+        """KL divergence from the distribution at ``output`` to that at ``moved``, of each criterion.
+
+        With g the gradient of the loss at ``output``, the loss changes by g · (moved − output) + R Σ divergence:
+        exactly so where the criterion's targets enter linearly, as in all named losses. By default, its second-order
+        term.
+
+        Returns:
+            Shaped like ``output``, up to dimensions summed to one.
+        """
+        return (moved - output) * self.hessian_product(output, moved - output) / 2
+
+    def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
+        """∇c at ``moved`` less ∇c at ``output``, for the same target; by default to first order."""
+        return self.hessian_product(output, moved - output)
 
     @abstractmethod
     def criteria(self, output: Tensor) -> int:
@@ -153,6 +170,14 @@ class Bernoulli(_Elementwise):
         p = torch.sigmoid(output)
         return p * (1 - p)
 
+    def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
+        """p′ − p."""
+        return moved.sigmoid() - output.sigmoid()
+
+    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
+        """softplus(f′) − softplus(f) − p (f′ − f)."""
+        return functional.softplus(moved) - functional.softplus(output) - output.sigmoid() * (moved - output)
+
 
 class Categorical(Likelihood):
     """Cross-entropy of logits of shape (N, C) or (N, C, T…), as torch's ``CrossEntropyLoss``."""
@@ -194,6 +219,15 @@ class Categorical(Likelihood):
         pv = p * vector
         return pv - p * pv.sum(dim=1, keepdim=True)
 
+    def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
+        """p′ − p."""
+        return moved.softmax(dim=1) - output.softmax(dim=1)
+
+    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
+        """Σ_k p_k (log p_k − log p′_k)."""
+        log_p, log_moved = output.log_softmax(dim=1), moved.log_softmax(dim=1)
+        return (log_p.exp() * (log_p - log_moved)).sum(dim=1, keepdim=True)
+
     def criteria(self, output: Tensor) -> int:
         """One per datum and position."""
         return output.numel() // output.shape[1]
@@ -218,6 +252,14 @@ class LogCategorical(Categorical):
         """p ∘ v."""
         return torch.softmax(output, dim=1) * vector
 
+    def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
+        """Zero: in log-probabilities the loss is linear."""
+        return torch.zeros_like(output)
+
+    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
+        """Zero, for the same reason."""
+        return torch.zeros_like(output)
+
 
 class Poisson(_Elementwise):
     """Poisson regression of counts, as torch's ``PoissonNLLLoss``.
@@ -236,6 +278,11 @@ class Poisson(_Elementwise):
         rate = output.exp() if self.log_input else output
         drawn = torch.poisson(rate.nan_to_num(nan=0.0).clamp(min=0), generator=generator)
         return rate - drawn if self.log_input else 1 - drawn / rate
+
+    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
+        """rate′ − rate − rate (log rate′ − log rate)."""
+        before, after = (output, moved) if self.log_input else (output.log(), moved.log())
+        return after.exp() - before.exp() * (1 + after - before)
 
     def diagonal(self, output: Tensor) -> Tensor:
         """The rate, or its inverse."""
@@ -266,6 +313,11 @@ class MeanVariance(_Elementwise):
         variance = output[:, 1]
         noise = torch.randn(variance.shape, generator=generator, dtype=output.dtype, device=output.device)
         return torch.stack([noise / variance.sqrt(), (1 - noise.square()) / (2 * variance)], dim=1)
+
+    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
+        """½ (log s′/s + (s + (m − m′)²) / s′ − 1) for means m and variances s."""
+        (m, s), (m_moved, s_moved) = output.unbind(1), moved.unbind(1)
+        return ((s_moved / s).log() + (s + (m - m_moved).square()) / s_moved - 1).unsqueeze(1) / 2
 
     def diagonal(self, output: Tensor) -> Tensor:
         """1 / variance, and 1 / (2 variance²)."""

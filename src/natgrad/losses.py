@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson, Reduction
 
@@ -48,21 +49,33 @@ class Loss:
 
     Attributes:
         likelihood: None if no loss was given.
+        function: From output and target to the loss, where it is known.
         module: The loss module that sees the targets.
         weigh: What it implies.
         indispensable: Whether the curvature cannot be known without the module; else it is only the ignored targets.
     """
 
     likelihood: Likelihood | None
+    function: Callable[[Tensor, Tensor], Tensor] | None = None
     module: nn.Module | None = None
     weigh: Weigh | None = None
     indispensable: bool = False
 
+    def value(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss itself.
 
-_BY_NAME: dict[str, type[Likelihood]] = {
-    "mse": Gaussian,
-    "cross_entropy": Categorical,
-    "bce_with_logits": Bernoulli,
+        Raises:
+            ValueError: for a bare likelihood, which does not tell.
+        """
+        if self.function is None:
+            raise ValueError("the targets are needed here: pass `loss` as a name or as a torch loss module.")
+        return self.function(output, target)
+
+
+_BY_NAME: dict[str, tuple[type[Likelihood], Callable[[Tensor, Tensor], Tensor]]] = {
+    "mse": (Gaussian, functional.mse_loss),
+    "cross_entropy": (Categorical, functional.cross_entropy),
+    "bce_with_logits": (Bernoulli, functional.binary_cross_entropy_with_logits),
 }
 
 
@@ -78,7 +91,8 @@ def resolve(loss: str | nn.Module | Likelihood | None) -> Loss:
     if isinstance(loss, str):
         if loss not in _BY_NAME:
             raise ValueError(f"`loss={loss!r}` is not known: use one of {', '.join(map(repr, _BY_NAME))}.")
-        return Loss(_BY_NAME[loss]())
+        likelihood, function = _BY_NAME[loss]
+        return Loss(likelihood(), function)
     if isinstance(loss, nn.Module):
         return _from_module(loss)
     raise TypeError(f"`loss` must be a name, a torch loss module or a `natgrad.likelihoods.Likelihood`, not {loss!r}.")
@@ -99,7 +113,8 @@ def _from_module(module: nn.Module) -> Loss:
         weigh = None
     options = any(getattr(module, name, None) is not None for name in ("weight", "pos_weight"))
     indispensable = options or bool(getattr(module, "label_smoothing", 0)) or isinstance(module, nn.GaussianNLLLoss)
-    return Loss(make(module, cast(Reduction, reduction)), module if weigh else None, weigh, indispensable)
+    likelihood = make(module, cast(Reduction, reduction))
+    return Loss(likelihood, module, module if weigh else None, weigh, indispensable)
 
 
 def _weigh_cross_entropy(module: nn.CrossEntropyLoss, output: Tensor, others: tuple[Any, ...]) -> Weights:

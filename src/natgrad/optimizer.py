@@ -77,10 +77,6 @@ class KFAC(torch.optim.Optimizer):
         self._names = {p: name for name, p in self.preconditioner.model.named_parameters()}
         rest = [group["params"] for group in self.param_groups if group["fallback"]]
         self._adamw = torch.optim.AdamW(rest[0]) if rest else None
-        likelihood, select = self.preconditioner.loss.likelihood, self.preconditioner.capture.select
-        self._quadratic = (
-            quadratic.QuadraticModel(self.preconditioner.model, likelihood, select) if likelihood else None
-        )
         self._diagnostics: dict[str, float] = {}
         self._share_state()
 
@@ -132,14 +128,16 @@ class KFAC(torch.optim.Optimizer):
             scale = clip_scale(natural, self.preconditioner.kl_clip / max(group["lr"], 1e-30) ** 2)
             torch._foreach_mul_(list(natural.values()), scale)
         previous = {p: self.state[p]["velocity"] for p in natural if "velocity" in self.state[p]}
-        alpha, mu = self._coefficients(group["lr"], natural, previous if len(previous) == len(natural) else {})
+        if len(previous) < len(natural):
+            previous = {}
+        alpha, mu = self._coefficients(group["lr"], natural, previous)
         self._diagnostics.update(lr=alpha, momentum=mu)
         for parameter, direction in natural.items():
             if group["weight_decay"]:
                 parameter.mul_(1 - alpha * group["weight_decay"])
             velocity = direction.mul_(-alpha)
             if self.momentum != 0.0:
-                if parameter in previous:
+                if previous:
                     velocity.add_(previous[parameter], alpha=mu)
                 self.state[parameter]["velocity"] = velocity
             parameter.add_(velocity.to(parameter.dtype))
@@ -147,25 +145,28 @@ class KFAC(torch.optim.Optimizer):
     def _coefficients(
         self, lr: float, natural: dict[nn.Parameter, Tensor], previous: dict[nn.Parameter, Tensor]
     ) -> tuple[float, float]:
-        """α and μ, given or from the quadratic model."""
-        given_lr = None if self.automatic_lr else lr
+        """α and μ, given or from the quadratic model; with an automatic rate, ``lr`` multiplies both."""
         given_momentum = None if self.momentum == "auto" else float(self.momentum)
-        if given_lr is not None and (given_momentum is not None or not previous):
-            return given_lr, given_momentum or 0.0
+        if not self.automatic_lr and (given_momentum is not None or not previous):
+            return lr, given_momentum or 0.0
+        directions = [{p: -d for p, d in natural.items()}, *([previous] if previous else [])]
+        b = torch.stack([_dot(direction) for direction in directions]).double()
+        named = [{self._names[p]: d for p, d in direction.items()} for direction in directions]
+        given = [None if self.automatic_lr else lr, given_momentum][: len(directions)]
+        c, diagnostics = quadratic.choose(self._local_model(), named, b, given)
+        self._diagnostics.update(diagnostics)
+        if self.automatic_lr:
+            c = c * lr
+        return float(c[0]), float(c[1]) if previous else 0.0
+
+    def _local_model(self) -> quadratic.LocalModel:
         pre = self.preconditioner
-        if pre.batch.latest is None or self._quadratic is None:
+        forward, likelihood = pre.batch.latest, pre.loss.likelihood
+        if forward is None or likelihood is None:
             raise RuntimeError(
                 "`step()` with an automatic rate found no forward pass of the model since the last step."
             )
-        directions = [{p: -d for p, d in natural.items()}, *([previous] if previous else [])]
-        named = [{self._names[p]: d for p, d in direction.items()} for direction in directions]
-        M = self._quadratic.curvature(pre.batch.latest, pre.batch.terms, named)
-        b = torch.stack([_dot(direction) for direction in directions]).double()
-        c = quadratic.minimize(M, b, [given_lr, given_momentum][: len(directions)])
-        self._diagnostics["predicted_change"] = float(b @ c + 0.5 * c @ M @ c)
-        alpha, mu = (float(c[0]), float(c[1])) if previous else (float(c[0]), 0.0)
-        # With automatic rate, `lr` multiplies the whole step.
-        return (lr * alpha, lr * mu) if given_lr is None else (alpha, mu)
+        return quadratic.LocalModel(pre.model, likelihood, pre.capture.select, forward, pre.batch.terms, seed=pre.steps)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -190,8 +191,9 @@ class KFAC(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """Plain numbers about the latest step, for any logger.
 
-        ``lr`` and ``momentum`` as they were applied, ``predicted_change`` of the loss where the quadratic model chose
-        them, and what :meth:`natgrad.Preconditioner.diagnostics` tells.
+        ``lr`` and ``momentum`` as they were applied; where the quadratic model chose them, ``predicted_change`` and
+        ``actual_change`` of the loss by this step and how often it was halved, ``halvings``; and what
+        :meth:`natgrad.Preconditioner.diagnostics` tells.
         """
         return {**self._diagnostics, **self.preconditioner.diagnostics()}
 

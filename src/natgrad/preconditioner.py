@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import damping as dampings
-from natgrad.capture import Batch, Capture, Fisher, check_fisher
-from natgrad.factors import Factors, choose_decay, join, resolve_sharing, update_average
+from natgrad.batch import Batch, Fisher
+from natgrad.capture import Capture, check_fisher
+from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
 from natgrad.layers import Layer, Sharing, partition
 from natgrad.likelihoods import Likelihood
@@ -122,7 +123,7 @@ class Preconditioner:
         self.damping_rule = dampings.resolve(damping, inverse)
         self.state: State = defaultdict(dict)
         self.skipped_steps = 0
-        self.batch = Batch()
+        self.batch = Batch(self.loss, fisher)
         self._inverse = INVERSES[inverse]
         self._diagnostics: dict[str, float] = {}
         self.capture = Capture(
@@ -247,7 +248,7 @@ class Preconditioner:
             differing = ", ".join(sorted(layers.keys() ^ ours.keys()))
             raise ValueError(f"the state belongs to another model: these layers are in only one of them: {differing}.")
         for name, tensors in layers.items():
-            sizes = tuple(tensors[key].shape[-1] for key in ("G", "A") if key in tensors)
+            sizes = tuple(tensors[key].shape[-2] for key in ("G", "A") if key in tensors)  # also of columns
             if sizes and sizes != ours[name].shape:
                 raise ValueError(
                     f"the state belongs to another model: layer {name!r} has factors G, A of sizes {ours[name].shape}, "
@@ -264,7 +265,9 @@ class Preconditioner:
         return self.state[layer.parameters[0]]
 
     def _check_seen(self, batch: Batch) -> None:
-        """A gradient without factors means that the hooks missed the layer, unless that gradient is zero."""
+        """A gradient without factors means that the hooks missed the layer, if they watched and it is not zero."""
+        if self.steps and not batch.statistics:
+            return  # the layer is used for the first time between two updates of the curvature
         captured = {name for name, _ in batch.statistics}
         for layer in self.layers:
             gradients = [p.grad for p in layer.parameters if p.grad is not None]
@@ -279,36 +282,17 @@ class Preconditioner:
                 warnings.warn(f"natgrad: layer {layer.name!r} received no data and no gradient.", stacklevel=4)
 
     def _update_factors(self, layer: Layer, batch: Batch) -> None:
-        likelihood = self.loss.likelihood
-        uses = [(swapped, batch.statistics.get((layer.name, swapped))) for swapped in (False, True)]
-        terms = batch.terms if likelihood is None else 1.0 / likelihood.scale(batch.terms)  # 1 / R
-        # The user's gradients carry R once; the empirical Fisher is R Σ ∇c ∇cᵀ.
-        scale = terms if self.fisher == "empirical" else 1.0 / terms
-        joined: Factors | None = None
-        rows = 0
-        for swapped, statistics in uses:
-            if statistics is not None:
-                A, G = statistics.factors(scale, self._without_gradient(layer, swapped))
-                one = (G, A) if swapped else (A, G)
-                joined = one if joined is None else join(joined, one)
-                rows += statistics.rows
-        if joined is None:
+        factors = batch.factors(layer)
+        if factors is None:
             return
         state = self._state(layer)
-        decay = choose_decay(rows, max(layer.shape)) if self.factor_decay == "auto" else self.factor_decay
-        update_average(state, *joined, decay)
-        state["unit"] = torch.tensor(1.0 if self.fisher == "forward" else batch.data / terms)
-
-    def _without_gradient(self, layer: Layer, swapped: bool) -> Tensor:
-        """G of a layer to which no gradient came: the identity by definition for ``"forward"``, else zero."""
-        parameter = layer.parameters[0]
-        size, diagonal = layer.shape[int(swapped)], layer.diagonal[int(swapped)]
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        ones = torch.ones(size, 1, dtype=dtype, device=parameter.device)
-        if self.fisher != "forward":
-            ones.zero_()
-        one = ones if diagonal else ones.squeeze(-1).diag()
-        return one if layer.blocks is None else one.expand(layer.blocks, *one.shape).clone()
+        determined = determines(batch.rows(layer.name), max(layer.shape))
+        decay = self.factor_decay
+        if decay == "auto":
+            decay = 0.0 if determined else LONG_DECAY
+        update_average(state, *factors, decay)
+        state["unit"] = torch.tensor(batch.unit())
+        state["determined"] = torch.tensor(determined)
 
     def _refresh_inverses(self) -> None:
         due = self.steps % self.inverse_period == 0
@@ -316,7 +300,7 @@ class Preconditioner:
         for layer in self.layers:
             state = self._state(layer)
             if "A" in state and (due or self._inverse.names[0] not in state):
-                damping = self.damping_rule(state["A"], state["G"], state["unit"])
+                damping = self.damping_rule(state["A"], state["G"], state["unit"], bool(state["determined"]))
                 state.update(self._inverse.factorize(state["A"], state["G"], damping))
                 applied.append(damping)
         if applied:

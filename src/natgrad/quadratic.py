@@ -1,4 +1,4 @@
-"""Stage 7, second half: the exact quadratic model of the loss along a few directions.
+"""Stage 7, second half: what the loss does along a few directions, and the step that follows.
 
 Along directions V = [d₁ d₂ …] the loss is modelled as L(θ + Vc) ≈ L + bᵀc + ½ cᵀMc with b = Vᵀg and M = VᵀFV, where F
 is the Gauss-Newton matrix of the *whole* network, not its Kronecker approximation:
@@ -7,6 +7,14 @@ is the Gauss-Newton matrix of the *whole* network, not its Kronecker approximati
 
 so two Jacobian-vector products by forward-mode differentiation, on some of the batch, are all it takes; nothing is
 backpropagated. Minimizing over c gives rate and momentum at once: d₁ is the natural gradient, d₂ the previous step.
+
+The model holds near θ only. Whether a step s is short enough is seen by a forward pass before and after it, without the
+targets: with f and f′ the outputs, and g_f the gradient that the user's loss sent to f,
+
+    L(θ + s) − L(θ) = g_f · (f′ − f) + R Σ KL(f ‖ f′)
+
+because in every named loss the targets enter linearly. Dropout or batch statistics may make f another than the user's
+f₀; then g_f is the user's gradient plus R (∇c(f) − ∇c(f₀)). A step whose loss falls by too little is halved.
 
 Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 """
@@ -20,80 +28,158 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from natgrad.capture import Forward
+from natgrad.batch import Forward
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 
-# Data on which the model is evaluated. The relative error of M falls as its inverse square root; at 1,024 it is
-# near 2 %.
-MAX_DATA = 1024
+# The model is evaluated on this share of a batch, but on no fewer data if the batch has them: at 512 the relative
+# standard error of M is near 5 %, and half as many cost more in shortened steps than they save.
+SHARE, MIN_DATA = 1 / 8, 512
+# A step is taken when the loss falls by this share of what the model predicts, and else halved up to so many times.
+SUFFICIENT, HALVINGS = 0.1, 8
 _logger = logging.getLogger("natgrad")
 
 
-class QuadraticModel:
-    """Evaluates M for one model and loss.
+class LocalModel:
+    """The loss near the current parameters, from some of one forward pass's data.
 
     Args:
-        model: The module; it runs a few times per evaluation, its buffers and the random stream stay as they are.
+        model: The module; its buffers and the random stream stay as they are.
         likelihood: Of the loss.
         select: From the model's return value to the tensor that the loss sees.
-        max_data: Of a larger batch, about this many data, evenly spread, stand for all.
+        forward: A forward pass whose backward pass is done.
+        terms: What the reduction divides by, over the whole batch: more than that forward's when it was split.
+        seed: Of the choice of data.
     """
 
     def __init__(
-        self, model: nn.Module, likelihood: Likelihood, select: Callable[[Any], Tensor], max_data: int = MAX_DATA
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        select: Callable[[Any], Tensor],
+        forward: Forward,
+        terms: float,
+        seed: int,
     ) -> None:
-        self.model, self.likelihood, self.select, self.max_data = model, likelihood, select, max_data
-        self._forward_mode = True
+        self.model, self.likelihood, self.select = model, likelihood, select
+        size = max(MIN_DATA, round(SHARE * forward.data))
+        self.chosen: slice | Tensor = slice(None)
+        if size < forward.data:
+            # Drawn anew at every step, and never in the pattern of the rows of the factors: on the very data whose
+            # factors made the direction, its curvature would look too small.
+            generator = torch.Generator().manual_seed(seed)
+            self.chosen = torch.randperm(forward.data, generator=generator)[:size].to(forward.output.device)
+        self.args, self.kwargs = subsample(forward, self.chosen)
+        self.rearrange = rearrangement(forward)
+        self.forward = forward
+        self.weights = None if forward.weights is None else Weights(*map(self._take, forward.weights))
+        self.share = min(size, forward.data) / forward.data
+        self.total_terms = terms
 
-    def curvature(self, forward: Forward, terms: float, directions: Sequence[dict[str, Tensor]]) -> Tensor:
-        """M, of shape (k, k) in float64.
-
-        Args:
-            forward: A forward pass.
-            terms: What the reduction divides by, over the whole batch: more than that forward's when it was split.
-            directions: k of them, as tensors by parameter name; other parameters do not move.
-        """
-        every = max(1, forward.data // self.max_data)
-        args, kwargs = subsample(forward, every)
-        adapt = rearrangement(forward)
-        parameters = {name: self.model.get_parameter(name).detach() for name in directions[0]}
-
-        def output(moving: dict[str, Tensor]) -> Tensor:
-            # Copies made in here may be written to under differentiation; captured ones may not.
-            buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-            return adapt(self.select(functional_call(self.model, {**moving, **buffers}, args, kwargs)))
-
+    def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
+        """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move."""
+        parameters = self._parameters(directions[0])
         at, products = torch.empty(0), []
         for direction in directions:
-            # The same dropout for every direction, and the user's random stream as it was.
-            with torch.random.fork_rng(devices=_devices(parameters)), warnings.catch_warnings():
-                tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
-                at, product = self._product(output, parameters, tangent)
-            products.append(at_least_float32(product))
-        at = at_least_float32(at)
-        weights = _subsample_weights(forward, every)
-        root = 1.0 if weights is None else weights.curvature.sqrt()
+            tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
+            at, product = directional_derivative(lambda moving: self._run(moving)[1], parameters, tangent)
+            products.append(product)
+        root = 1.0 if self.weights is None else self.weights.curvature.sqrt()
         J = torch.stack([(product * root).flatten() for product in products])
         HJ = torch.stack([(root * self.likelihood.hessian_product(at, product)).flatten() for product in products])
-        own: float = self.likelihood.terms(at)
-        if weights is not None and self.likelihood.reduction == "mean":
-            own = float(weights.terms.sum())
-        return self.likelihood.scale(terms) * (terms / own) * (J @ HJ.mT).double()
+        return self._scale(at) * (J @ HJ.mT).double()
 
-    def _product(
-        self, output: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], direction: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The output, and its derivative along the direction."""
-        if self._forward_mode:
-            try:
-                # torch 2.13 warns of its own use of it, at the first call.
-                warnings.filterwarnings("ignore", message="`torch.jit.script`", category=DeprecationWarning)
-                return torch.func.jvp(output, (parameters,), (direction,))  # type: ignore[return-value]  # no has_aux
-            except (NotImplementedError, RuntimeError) as error:  # fused recurrent kernels, custom functions
-                _logger.info("no forward-mode differentiation of this model, differences instead: %s", error)
-                self._forward_mode = False
+    def change(self, step: dict[str, Tensor]) -> float:
+        """By how much the loss would change if the parameters moved by ``step``.
+
+        Evaluated on the same data as the model, with the same dropout before and after.
+        """
+        parameters = self._parameters(step)
+        returned, before = self._run(parameters)
+        returned_after, after = self._run({name: p + step[name].to(p.dtype) for name, p in parameters.items()})
+        weight = 1.0 if self.weights is None else self.weights.curvature
+        divergence = weight * self.likelihood.divergence(before, after)
+        assert self.forward.gradient is not None
+        users = at_least_float32(self._take(self.forward.output))
+        shift = self._scale(before) * weight * self.likelihood.gradient_change(users, before)
+        linear = torch.sum(self._take(self.forward.gradient) * (returned_after - returned)) / self.share
+        return float(linear + torch.sum(shift * (after - before)) + self._scale(before) * divergence.sum())
+
+    def _parameters(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.model.get_parameter(name).detach() for name in like}
+
+    def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The tensor whose gradient was noted, and the one that the loss sees."""
+        # Copies made in here may be written to under differentiation; captured ones may not.
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        # The same dropout every time, and the user's random stream as it was.
+        with torch.random.fork_rng(devices=_devices(parameters)):
+            raw = functional_call(self.model, {**parameters, **buffers}, self.args, self.kwargs)
+        output = at_least_float32(self.rearrange(self.select(raw)))
+        return output if self.forward.returned is None else at_least_float32(raw), output
+
+    def _scale(self, output: Tensor) -> float:
+        """R for these data, as if they were the whole batch."""
+        own: float = self.likelihood.terms(output)
+        if self.weights is not None and self.likelihood.reduction == "mean":
+            own = float(self.weights.terms.sum())
+        return self.likelihood.scale(self.total_terms) * self.total_terms / own
+
+    def _take(self, rows: Tensor) -> Tensor:
+        """The chosen data's rows, of a tensor that has one or several for each datum."""
+        chosen: Tensor = rows.unflatten(0, (self.forward.data, -1))[self.chosen].flatten(0, 1)
+        return chosen
+
+
+def choose(
+    local: LocalModel, directions: Sequence[dict[str, Tensor]], b: Tensor, given: Sequence[float | None]
+) -> tuple[Tensor, dict[str, float]]:
+    """Coefficients of the directions that lower the loss, by the model and then in fact.
+
+    Args:
+        local: The loss near the current parameters.
+        directions: The natural gradient downhill and, perhaps, the previous step, by parameter name.
+        b: Products of the loss's gradient with the directions.
+        given: Coefficients that the user chose; None for those that are free.
+
+    Returns:
+        The coefficients, and diagnostics. All are zero when even the shortest step does not lower the loss.
+    """
+    M = local.curvature(directions)
+    c = minimize(M, b, given)
+    if given[0] is None and c[0] < 0:  # noise: the natural gradient goes downhill
+        c = minimize(M, b, [0.0, *given[1:]])
+    for halvings in range(HALVINGS + 1):
+        step = combine(directions, c)
+        predicted, actual = float(b @ c + 0.5 * c @ M @ c), local.change(step)
+        diagnostics = {"predicted_change": predicted, "actual_change": actual, "halvings": float(halvings)}
+        if actual <= SUFFICIENT * predicted:
+            return c, diagnostics
+        c = c / 2
+    return torch.zeros_like(c), diagnostics
+
+
+def combine(directions: Sequence[dict[str, Tensor]], c: Tensor) -> dict[str, Tensor]:
+    """Σ c_i d_i, by parameter name."""
+    step = {name: float(c[0]) * d for name, d in directions[0].items()}
+    for direction, coefficient in zip(directions[1:], c[1:], strict=True):
+        for name, d in direction.items():
+            step[name].add_(d, alpha=float(coefficient))
+    return step
+
+
+def directional_derivative(
+    output: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], direction: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The output, and its derivative along the direction: exact by forward-mode differentiation, where there is one."""
+    try:
+        with warnings.catch_warnings():
+            # torch 2.13 warns of its own use of it, at the first call.
+            warnings.filterwarnings("ignore", message="`torch.jit.script`", category=DeprecationWarning)
+            return torch.func.jvp(output, (parameters,), (direction,))  # type: ignore[return-value]  # no has_aux
+    except (NotImplementedError, RuntimeError) as error:  # fused recurrent kernels, custom functions
+        _logger.info("no forward-mode differentiation of this model, differences instead: %s", error)
         return central_difference(output, parameters, direction)
 
 
@@ -104,10 +190,8 @@ def central_difference(
     size = torch.stack(torch._foreach_norm(list(parameters.values()))).norm()
     length = torch.stack(torch._foreach_norm(list(direction.values()))).norm()
     epsilon = torch.finfo(size.dtype).eps ** (1 / 3) * size / length.clamp(min=torch.finfo(size.dtype).tiny)
-    random_state = torch.get_rng_state()
 
     def shifted(by: Tensor) -> Tensor:
-        torch.set_rng_state(random_state)  # the same dropout on both sides
         return output({name: parameter + by * direction[name] for name, parameter in parameters.items()})
 
     ahead, behind = shifted(epsilon), shifted(-epsilon)
@@ -118,19 +202,13 @@ def _devices(parameters: dict[str, Tensor]) -> list[torch.device]:
     return list({parameter.device for parameter in parameters.values() if parameter.device.type == "cuda"})
 
 
-def subsample(forward: Forward, every: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with every k-th datum of each tensor whose first dimension is as long as the output's."""
+def subsample(forward: Forward, chosen: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the chosen data of each tensor whose first dimension is as long as the output's."""
 
     def take(value: Any) -> Any:
-        return value[::every] if isinstance(value, Tensor) and value.ndim and value.shape[0] == forward.data else value
+        return value[chosen] if isinstance(value, Tensor) and value.ndim and value.shape[0] == forward.data else value
 
     return tuple(map(take, forward.args)), {key: take(value) for key, value in forward.kwargs.items()}
-
-
-def _subsample_weights(forward: Forward, every: int) -> Weights | None:
-    if forward.weights is None:
-        return None
-    return Weights(*(w.unflatten(0, (forward.data, -1))[::every].flatten(0, 1) for w in forward.weights))
 
 
 def rearrangement(forward: Forward) -> Callable[[Tensor], Tensor]:

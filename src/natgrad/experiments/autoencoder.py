@@ -33,9 +33,7 @@ def network(settings: Settings) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width_in, width_out in itertools.pairwise(_widths(settings.width_divisor)):
         # Skipped, because torch's own initialization would advance the global random stream for nothing.
-        layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Linear, width_in, width_out, bias=False
-        )
+        layer: nn.Linear = nn.utils.skip_init(nn.Linear, width_in, width_out, bias=False)
         with torch.no_grad():
             layer.weight.copy_(_initial_weight(stream, width_out, width_in))
         if settings.weight_norm:

@@ -172,7 +172,7 @@ class Contestant:
         start = time.perf_counter()
         self._method.optimizer.zero_grad()
         loss = half_squared_error(self._model(batch), batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if self._method.preconditioner is not None:
             self._method.preconditioner.step()
         self._method.optimizer.step()

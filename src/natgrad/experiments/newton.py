@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 import natgrad
-from natgrad.capture import Fisher
+from natgrad.batch import Fisher
 from natgrad.experiments.runfolder import write_atomically
 from natgrad.experiments.table import Sheet
 from natgrad.likelihoods import Gaussian

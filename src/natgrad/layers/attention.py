@@ -22,6 +22,7 @@ class ProjectionLayer(Layer):
     """One weight of the module, (B · out, in), with its bias if it has one of its own."""
 
     module: nn.MultiheadAttention
+    data_dim = 1
 
     def __init__(
         self, name: str, module: nn.MultiheadAttention, weight: nn.Parameter, bias: Tensor | None, blocks: int
@@ -45,8 +46,9 @@ class ProjectionLayer(Layer):
             ]
         out = module.out_proj
         layers.append(cls(f"{name}.out_proj", module, cast(nn.Parameter, out.weight), out.bias, 1))
-        watcher = layers[0]
-        watcher.siblings = layers
+        trained = [layer for layer in layers if layer.trained]
+        for watcher in trained[:1]:
+            watcher.siblings = trained
         return layers
 
     siblings: "Sequence[ProjectionLayer]" = ()
@@ -62,8 +64,8 @@ class ProjectionLayer(Layer):
         ]
 
     def inputs(self, x: Tensor) -> Tensor:
-        """(L, N, in) → (N, L, in): of one block, as all that take part in a call have the same."""
-        return x.transpose(0, 1)
+        """(N, L, in), of one block, as all that take part in a call have the same."""
+        return x
 
     def gradients(self, g: Tensor, x: Tensor) -> Tensor:
         """(L, N, b · out) → ([b,] N, L, out) for the b blocks that took part."""
@@ -119,7 +121,8 @@ class _StandIn:
             if blocks is not None:
                 rows = x if x.ndim == 3 else x.unflatten(0, (-1, self.data))  # (L · N, embed) at the output projection
                 z: Tensor = self.original(rows, weight, bias)
-                self.recorder.record(layer, rows.detach(), z, blocks if layer.blocks else slice(None))
+                data_first = rows.detach().transpose(0, 1)
+                self.recorder.record(layer, data_first, z, blocks if layer.blocks else slice(None))
                 return z.reshape(*x.shape[:-1], -1)
         plain: Tensor = self.original(x, weight, bias)
         return plain

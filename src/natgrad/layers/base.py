@@ -37,9 +37,7 @@ class Recorder(Protocol):
     def active(self) -> bool:
         """Whether calls are wanted now."""
 
-    def record(
-        self, layer: "Layer", x: Tensor, z: Tensor, blocks: slice = slice(None), owner: "Layer | None" = None
-    ) -> None:
+    def record(self, layer: "Layer", x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
         """Report that ``layer`` made the output z from the input x.
 
         Args:
@@ -47,7 +45,6 @@ class Recorder(Protocol):
             x: What ``inputs`` takes; data first.
             z: A tensor of the autograd graph, whose gradient ``gradients`` takes.
             blocks: Which of the B blocks took part.
-            owner: The layer that the rows count for, if it is another one.
         """
 
 
@@ -60,6 +57,8 @@ class Layer(ABC):
         parameters: The trainable parameters, in the order of ``to_matrix``.
         has_bias: Whether the matrix has the bias as its last column.
         blocks: B, or None without that dimension.
+        wrapper: The layer that this one's rows count for, if it is another one.
+        data_dim: Of the data in a reported output; in what is remembered of an input they are first.
     """
 
     name: str
@@ -67,6 +66,8 @@ class Layer(ABC):
     parameters: list[nn.Parameter]
     has_bias: bool
     blocks: int | None = None
+    wrapper: "Layer | None" = None
+    data_dim = 0
 
     @classmethod
     def split(cls, name: str, module: nn.Module) -> "Sequence[Layer]":
@@ -88,6 +89,11 @@ class Layer(ABC):
         if recorder.active:
             x = args[0] if args else next(iter(kwargs.values()))
             recorder.record(self, self.remember(x.detach(), z), z)
+
+    @property
+    def owner(self) -> "Layer":
+        """The layer that this one's rows count for: itself, or what it is wrapped in."""
+        return self if self.wrapper is None else self.wrapper.owner
 
     def swaps(self, use: "Layer") -> bool:
         """Whether ``use``, whose rows count for this layer, has its matrix transposed: its A then belongs to G."""
@@ -112,6 +118,11 @@ class Layer(ABC):
     @abstractmethod
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         """A step of the matrix as steps of ``parameters``."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether all parameters are; otherwise they are none of natgrad's."""
+        return all(parameter.requires_grad for parameter in self.parameters)
 
     @property
     @abstractmethod

@@ -22,6 +22,12 @@ MAX_EXACT = 1024
 class ScaleShiftLayer(Layer):
     """z = γ x̂ + β, for channels in the last dimensions (LayerNorm, RMSNorm) or the second (the others)."""
 
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        """Modules without a scale or shift to train."""
+        trainable = _trainable(getattr(module, "weight", None)) + _trainable(getattr(module, "bias", None))
+        return None if trainable else "neither its scale nor its shift is a trainable parameter"
+
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module, self.has_bias = name, module, False
         scale, shift = [_trainable(getattr(module, key, None)) for key in ("weight", "bias")]

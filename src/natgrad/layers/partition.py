@@ -74,7 +74,9 @@ def _candidates(name: str, module: nn.Module) -> list[Layer] | str:
     if not any(p.requires_grad for p in module.parameters()):
         return FROZEN
     layers = [weight_norm.WeightNormLayer(layer) if parametrized else layer for layer in kind.split(name, module)]
-    return [layer for layer in layers if layer.parameters[0].requires_grad]
+    if not all(isinstance(p, nn.Parameter) for layer in layers for p in layer.parameters):
+        return "what it computes with is no parameter, but made from one by a hook, as by torch.nn.utils.prune"
+    return [layer for layer in layers if layer.trained]
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
@@ -93,12 +95,11 @@ def _join_tied(found: list[Layer], owners: dict[int, list[str]], why: dict[str, 
         by_weight.setdefault(id(layer.parameters[0]), []).append(layer)
     layers: list[Layer] = []
     for uses in by_weight.values():
-        holders = owners[id(uses[0].parameters[0])]
-        reason = tied.refusal(uses, holders) if len(holders) > 1 else None
+        reason = tied.refusal(uses, owners)
         if reason is None:
             layers.append(uses[0] if len(uses) == 1 else tied.TiedLayer(uses))
         else:
-            why.update(dict.fromkeys(holders, f"shared by {', '.join(holders)}: {reason}"))
+            why.update({name: reason for use in uses for p in use.parameters for name in owners[id(p)]})
     return layers
 
 

@@ -23,7 +23,13 @@ State = tuple[Tensor, ...]
 
 
 class GateLayer(Layer):
-    """One weight of a recurrent module with its bias; rows are data and time steps."""
+    """One weight of a recurrent module with its bias; rows are data and time steps.
+
+    Attributes:
+        everything: All layers of the module, at the one that watches for them.
+    """
+
+    everything: "Sequence[GateLayer]" = ()
 
     def __init__(self, name: str, module: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         self.name, self.module, self.bias = name, module, bias
@@ -55,7 +61,8 @@ class GateLayer(Layer):
     def apply(self, x: Tensor, recorder: Recorder) -> Tensor:
         """W x + b, reported."""
         z = functional.linear(x, self.parameters[0], self.bias)
-        recorder.record(self, x.detach(), z)
+        if self.trained:
+            recorder.record(self, x.detach(), z)
         return z
 
 
@@ -77,31 +84,26 @@ def step(module: nn.Module, z_input: Tensor, z_hidden: Tensor, state: State) -> 
 class CellLayer(GateLayer):
     """``weight_ih`` and ``weight_hh`` of a cell."""
 
-    partner: "CellLayer | None" = None
-
     @classmethod
     def split(cls, name: str, module: nn.Module) -> Sequence[Layer]:
-        """Input and hidden projection; the first watches for both."""
-        pair = [cls(f"{name}.{part}", module, *_pair(module, part)) for part in ("ih", "hh")]
-        pair[0].partner = pair[1]
-        return pair
+        """Input and hidden projection."""
+        return _appoint([cls(f"{name}.{part}", module, *_pair(module, part)) for part in ("ih", "hh")])
 
     def watch(self, recorder: Recorder) -> list[RemovableHandle]:
         """Replace the module's output by the same recurrence in the open."""
-        if self.partner is None:
+        if not self.everything:
             return []
-        return [self.module.register_forward_hook(partial(self._unroll, recorder, self.partner), with_kwargs=True)]
+        return [self.module.register_forward_hook(partial(self._unroll, recorder), with_kwargs=True)]
 
-    def _unroll(
-        self, recorder: Recorder, hidden: "CellLayer", module: nn.Module, args: Any, kwargs: Any, z: Any
-    ) -> Tensor | State | None:
+    def _unroll(self, recorder: Recorder, module: nn.Module, args: Any, kwargs: Any, z: Any) -> Tensor | State | None:
         if not recorder.active:
             return None
         x, given = _arguments(args, kwargs)
         if x.ndim == 1:
             raise ValueError(f"layer {self.name!r} got an input without a batch dimension: use `x.unsqueeze(0)`.")
         state = _initial(module, x, given)
-        state = step(module, self.apply(x, recorder), hidden.apply(state[0], recorder), state)
+        inputs, hidden = self.everything
+        state = step(module, inputs.apply(x, recorder), hidden.apply(state[0], recorder), state)
         return state if isinstance(module, nn.LSTMCell) else state[0]
 
 
@@ -110,7 +112,6 @@ class RecurrentLayer(GateLayer):
     """``weight_ih_l…`` and ``weight_hh_l…`` of a recurrent module, by layer and direction."""
 
     module: nn.RNNBase
-    everything: "Sequence[RecurrentLayer]" = ()
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
@@ -119,13 +120,11 @@ class RecurrentLayer(GateLayer):
 
     @classmethod
     def split(cls, name: str, module: nn.Module) -> Sequence[Layer]:
-        """Input and hidden projection of each direction of each layer; the first watches for all."""
+        """Input and hidden projection of each direction of each layer."""
         assert isinstance(module, nn.RNNBase)
         directions = ("", "_reverse") if module.bidirectional else ("",)
         parts = [f"{p}_l{i}{d}" for i in range(module.num_layers) for d in directions for p in ("ih", "hh")]
-        layers = [cls(f"{name}.{part}", module, *_pair(module, part)) for part in parts]
-        layers[0].everything = layers
-        return layers
+        return _appoint([cls(f"{name}.{part}", module, *_pair(module, part)) for part in parts])
 
     def watch(self, recorder: Recorder) -> list[RemovableHandle]:
         """Replace the module's output by the same recurrence in the open."""
@@ -183,7 +182,8 @@ class _Replay:
                 finals.append(final)
             x = torch.cat(outputs, dim=-1)
             if depth < module.num_layers - 1:
-                x = functional.dropout(x.transpose(0, 1), module.dropout, module.training).transpose(0, 1)
+                time_first = x.transpose(0, 1).contiguous()  # as torch has it: draws follow the order in memory
+                x = functional.dropout(time_first, module.dropout, module.training).transpose(0, 1)
         stacked = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
         return x, stacked if isinstance(module, nn.LSTM) else stacked[0]
 
@@ -197,6 +197,13 @@ class _Replay:
             state = step(module, z[:, t], hidden.apply(state[0], self.recorder), state)
             outputs[t] = state[0]
         return torch.stack(outputs, dim=1), state
+
+
+def _appoint(layers: Sequence[GateLayer]) -> Sequence[GateLayer]:
+    """Let one layer, of which statistics are wanted, watch for all of the module."""
+    for watcher in [layer for layer in layers if layer.trained][:1]:
+        watcher.everything = layers
+    return layers
 
 
 def _pair(module: nn.Module, part: str) -> tuple[nn.Parameter, nn.Parameter | None]:

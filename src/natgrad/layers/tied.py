@@ -6,14 +6,15 @@ transposed: there rows of A and G change places, and the sum of two Kronecker pr
 one with the same partial traces, which is exact where A₁ ∝ A₂ or G₁ ∝ G₂ (``natgrad.factors.join``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from natgrad.layers.base import Layer, Recorder
 from natgrad.layers.embedding import EmbeddingLayer
 from natgrad.layers.linear import LinearLayer
-from natgrad.layers.wrapped import WrappedLayer, filed
+from natgrad.layers.wrapped import WrappedLayer
 
 
 class TiedLayer(WrappedLayer):
@@ -26,27 +27,43 @@ class TiedLayer(WrappedLayer):
     def __init__(self, uses: Sequence[Layer]) -> None:
         super().__init__(next((use for use in uses if not isinstance(use, EmbeddingLayer)), uses[0]))
         self.uses = list(uses)
+        for use in uses:
+            use.wrapper = self
 
     def watch(self, recorder: Recorder) -> list[RemovableHandle]:
         """Watch every use."""
-        return [handle for use in self.uses for handle in use.watch(filed(self, recorder))]
+        return [handle for use in self.uses for handle in use.watch(recorder)]
 
     def swaps(self, use: Layer) -> bool:
         """An embedding has the matrix of a head transposed."""
         return isinstance(use, EmbeddingLayer) and not isinstance(self.inner, EmbeddingLayer)
 
 
-def refusal(uses: Sequence[Layer], holders: Sequence[str]) -> str | None:
-    """Why these layers cannot share a parameter that the modules ``holders`` hold, or None."""
-    if len(uses) < len(holders):
-        return "natgrad does not know all of these modules"
+def refusal(uses: Sequence[Layer], owners: Mapping[int, Sequence[str]]) -> str | None:
+    """Why these layers cannot be one, or None.
+
+    Args:
+        uses: All layers with the same first parameter.
+        owners: By the id of each parameter, the modules that hold it.
+    """
+    for parameter in [parameter for use in uses for parameter in use.parameters]:
+        names = owners[id(parameter)]
+        if sum(_has(use, parameter) for use in uses) < len(names):
+            return f"a parameter is shared by {', '.join(names)}, and natgrad knows no layer that they form together"
     linear = [use for use in uses if not isinstance(use, EmbeddingLayer)]
-    if len(linear) < len(uses) and not all(type(use) is LinearLayer for use in linear):
-        return "an embedding can be tied to nn.Linear only"
-    if any(type(use) is not type(linear[0]) or not _same(use, linear[0]) for use in linear):
-        return "tied modules must be of one kind and share weight and bias alike"
+    shared = f"the weight is shared by {', '.join(owners[id(uses[0].parameters[0])])}: "
+    if linear and len(linear) < len(uses) and not all(type(use) is LinearLayer for use in linear):
+        return shared + "an embedding can be tied to nn.Linear only"
+    for one in (linear, [use for use in uses if use not in linear]):
+        if any(type(use) is not type(one[0]) or not _alike(use, one[0]) for use in one):
+            return shared + "tied modules must be of one kind, share weight and bias alike and have one padding_idx"
     return None
 
 
-def _same(one: Layer, other: Layer) -> bool:
-    return [id(p) for p in one.parameters] == [id(p) for p in other.parameters]
+def _has(layer: Layer, parameter: nn.Parameter) -> bool:
+    return any(p is parameter for p in layer.parameters)
+
+
+def _alike(one: Layer, other: Layer) -> bool:
+    padding = [getattr(layer.module, "padding_idx", None) for layer in (one, other)]
+    return [id(p) for p in one.parameters] == [id(p) for p in other.parameters] and padding[0] == padding[1]

@@ -1,7 +1,7 @@
 """Layers seen through something that lies between their matrix and their parameters.
 
-``WrappedLayer`` hands everything on to another layer and files that layer's calls under its own name; what differs
-stands in the two subclasses, in :mod:`natgrad.layers.weight_norm` and :mod:`natgrad.layers.tied`.
+``WrappedLayer`` hands everything on to another layer, whose calls count for it; what differs stands in the two
+subclasses, in :mod:`natgrad.layers.weight_norm` and :mod:`natgrad.layers.tied`.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,12 @@ class WrappedLayer(Layer):
 
     def __init__(self, inner: Layer) -> None:
         self.name, self.module, self.inner = inner.name, inner.module, inner
+        inner.wrapper = self
         self.parameters, self.has_bias, self.blocks = inner.parameters, inner.has_bias, inner.blocks
 
     def watch(self, recorder: Recorder) -> list[RemovableHandle]:
         """Watch the inner layer."""
-        return self.inner.watch(filed(self, recorder))
+        return self.inner.watch(recorder)
 
     def inputs(self, x: Tensor) -> Tensor:
         """Of the inner layer."""
@@ -52,22 +53,3 @@ class WrappedLayer(Layer):
     def diagonal(self) -> tuple[bool, bool]:
         """Of the inner layer."""
         return self.inner.diagonal
-
-
-def filed(owner: Layer, recorder: Recorder) -> Recorder:
-    """A recorder that files every call under ``owner``."""
-    return _Filing(owner, recorder)
-
-
-class _Filing:
-    def __init__(self, owner: Layer, recorder: Recorder) -> None:
-        self.owner, self.recorder = owner, recorder
-
-    @property
-    def active(self) -> bool:
-        return self.recorder.active
-
-    def record(
-        self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), owner: Layer | None = None
-    ) -> None:
-        self.recorder.record(layer, x, z, blocks, self.owner)

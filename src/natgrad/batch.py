@@ -1,0 +1,171 @@
+"""What is gathered between two steps: calls of layers, forward passes, and the sums that become factors.
+
+:class:`~natgrad.capture.Capture` fills a :class:`Batch`, which knows how its sums, its loss and its number of data
+make A and G in units of the loss.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from natgrad.factors import Factors, Statistics, join
+from natgrad.layers import Layer, at_least_float32
+from natgrad.likelihoods import Likelihood
+from natgrad.losses import Loss, Weights
+
+Fisher = Literal["mc", "exact", "empirical", "forward"]
+
+
+@dataclass
+class Call:
+    """One call of a layer during one forward of the model.
+
+    Attributes:
+        layer: Whose methods make the rows.
+        owner: The layer that they count for.
+        x: What the layer remembered of the input, restricted to the data that enter the factors.
+        edge: Where the gradient of the output arrives.
+        data: Which data enter the factors.
+        upscale: All data over those that enter.
+        blocks: Which blocks of the layer took part.
+        use: The calls whose rows are positions of the same rows, this one among them.
+        g: The gradient of the output, while the others' are still to come.
+    """
+
+    layer: Layer
+    owner: Layer
+    x: Tensor
+    edge: GradientEdge
+    data: slice
+    upscale: float
+    blocks: slice
+    use: "list[Call]" = field(default_factory=list)
+    g: Tensor | None = None
+
+    def chosen(self, g: Tensor) -> Tensor:
+        """Of a gradient at the output, the part that belongs to the data that enter the factors."""
+        return g[(slice(None),) * self.layer.data_dim + (self.data,)]
+
+
+@dataclass
+class Forward:
+    """One forward pass of the model.
+
+    Attributes:
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        output: The tensor that the loss sees.
+        uses: The calls of the layers, together where their rows are positions of the same rows; none if not due.
+        weights: What the targets imply, where a loss module was watched.
+        seen: The model's own output, where the loss module got a rearranged one.
+        returned: What the model returned, if a function of the user's made ``output`` from that tensor.
+        gradient: Of the user's loss with respect to ``returned`` or else ``output``, once it has arrived.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    uses: list[list[Call]]
+    weights: Weights | None = None
+    seen: Tensor | None = None
+    returned: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def listen(self) -> None:
+        """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over."""
+        (self.output if self.returned is None else self.returned).register_hook(self.note)
+
+    def note(self, gradient: Tensor) -> None:
+        """Keep a gradient that has come."""
+        self.gradient = at_least_float32(gradient.detach())
+
+    def release(self) -> None:
+        """Let go of the graph and of the calls."""
+        self.uses, self.output = [], self.output.detach()
+        self.seen = None if self.seen is None else self.seen.detach()
+        self.returned = None if self.returned is None else self.returned.detach()
+
+    def terms(self, likelihood: Likelihood | None) -> float:
+        """What the loss's reduction divides by."""
+        if likelihood is None:
+            return self.data
+        if self.weights is not None and likelihood.reduction == "mean":
+            return float(self.weights.terms.sum())
+        return likelihood.terms(self.output)
+
+    @property
+    def positions(self) -> int:
+        """Number of outputs: N times the positions behind the second dimension, which is that of the classes."""
+        return self.output.numel() // (self.output.shape[1] if self.output.ndim > 1 else 1)
+
+    @property
+    def data(self) -> int:
+        """N."""
+        return (self.output if self.seen is None else self.seen).shape[0]
+
+
+@dataclass
+class Batch:
+    """Everything captured since the last step.
+
+    Attributes:
+        loss: Of the user.
+        fisher: Which curvature the statistics are of.
+        statistics: Per layer name, and whether rows of A and G change places.
+        forwards: Number of forward passes.
+        data: Number of data, summed over the forwards.
+        terms: What the loss's reduction divides by, summed over the forwards.
+        positions: Number of data and positions that have an output, summed over the forwards.
+        latest: The latest forward.
+    """
+
+    loss: Loss
+    fisher: Fisher
+    statistics: dict[tuple[str, bool], Statistics] = field(default_factory=dict)
+    forwards: int = 0
+    data: int = 0
+    terms: float = 0.0
+    positions: int = 0
+    latest: Forward | None = None
+
+    def rows(self, name: str) -> int:
+        """Number of rows in A of the layer called ``name``."""
+        return sum(s.rows for (owner, _), s in self.statistics.items() if owner == name)
+
+    def scale(self) -> float:
+        """What turns sums of outer products into the curvature of the loss."""
+        likelihood = self.loss.likelihood
+        R = 1.0 / self.terms if likelihood is None else likelihood.scale(self.terms)
+        # The user's gradients carry R once, and the empirical Fisher is R Σ ∇c ∇cᵀ.
+        return 1.0 / R if self.fisher == "empirical" else R
+
+    def unit(self) -> float:
+        """What a unit of curvature at one entry of every output is in units of the loss."""
+        if self.fisher == "forward":
+            return 1.0
+        likelihood = self.loss.likelihood
+        return self.positions * (1.0 / self.terms if likelihood is None else likelihood.scale(self.terms))
+
+    def factors(self, layer: Layer) -> Factors | None:
+        """A and G of one layer, in units of the loss; None if no call was captured."""
+        joined: Factors | None = None
+        for swapped in (False, True):
+            statistics = self.statistics.get((layer.name, swapped))
+            if statistics is not None:
+                A, G = statistics.factors(self.scale(), self._without_gradient(layer, swapped))
+                one = (G, A) if swapped else (A, G)
+                joined = one if joined is None else join(joined, one)
+        return joined
+
+    def _without_gradient(self, layer: Layer, swapped: bool) -> Tensor:
+        """G of a layer to which no gradient came: the identity by definition for ``"forward"``, else zero."""
+        parameter = layer.parameters[0]
+        size, diagonal = layer.shape[int(swapped)], layer.diagonal[int(swapped)]
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        fill = torch.ones if self.fisher == "forward" else torch.zeros
+        column = fill(size, 1, dtype=dtype, device=parameter.device)
+        one = column if diagonal else column.squeeze(-1).diag()
+        return one if layer.blocks is None else one.expand(layer.blocks, *one.shape).clone()
