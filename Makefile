@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+# Threads that spin while they wait make small factorizations many times slower as soon as another process is busy.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint types test-slow bench clean
 
 $(READY): pyproject.toml constraints.txt

@@ -19,7 +19,7 @@ every_mode = pytest.mark.parametrize(
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     """With parameters that have no layer kind, for the fallback."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+    return nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
 
 
 def batch(seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

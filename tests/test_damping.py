@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from natgrad import damping
-from natgrad.damping import ABSOLUTE_G, RELATIVE_A, Damping
+from natgrad.damping import DETERMINED, NOISY, Damping
 
 pytestmark = pytest.mark.usefixtures("float64")
 NO_UNIT = torch.tensor(torch.nan)
@@ -22,7 +22,7 @@ def numbers(d: Damping) -> tuple[float, float, float]:
 
 def test_split_is_in_proportion_to_the_mean_eigenvalues() -> None:
     """π = 4, so that both factors are damped by the same share: catches the trace in place of the mean."""
-    a, g, product = numbers(damping.pi_split(0.01)(*factors(), NO_UNIT))
+    a, g, product = numbers(damping.pi_split(0.01)(*factors(), NO_UNIT, True))
     assert (a, g, product) == pytest.approx((0.4, 0.025, 0.0))
     assert a / 4 == pytest.approx(g / 0.25)
     assert a * g == pytest.approx(0.01)
@@ -32,18 +32,21 @@ def test_split_is_in_proportion_to_the_mean_eigenvalues() -> None:
 def test_split_is_equal_where_a_factor_is_zero(zero: tuple[bool, bool]) -> None:
     """Behind dead units π would be 0, infinite or not a number."""
     A, G = (factor * (not z) for factor, z in zip(factors(), zero, strict=True))
-    assert numbers(damping.pi_split(0.01)(A, G, NO_UNIT)) == pytest.approx((0.1, 0.1, 0.0))
+    assert numbers(damping.pi_split(0.01)(A, G, NO_UNIT, True)) == pytest.approx((0.1, 0.1, 0.0))
 
 
-def test_automatic_is_relative_for_inputs_and_absolute_for_gradients() -> None:
+@pytest.mark.parametrize(("determined", "pair"), [(True, DETERMINED), (False, NOISY)])
+def test_automatic_is_relative_for_inputs_and_absolute_for_gradients(
+    determined: bool, pair: tuple[float, float]
+) -> None:
     A, G = factors()
     unit = torch.tensor(0.2)
-    expected = (RELATIVE_A * 4, ABSOLUTE_G * 0.2, 0.0)
-    assert numbers(damping.automatic(A, G, unit)) == pytest.approx(expected)
-    assert numbers(damping.automatic(A, 1e-9 * G, unit)) == pytest.approx(expected)
+    expected = (pair[0] * 4, pair[1] * 0.2, 0.0)
+    assert numbers(damping.automatic(A, G, unit, determined)) == pytest.approx(expected)
+    assert numbers(damping.automatic(A, 1e-9 * G, unit, determined)) == pytest.approx(expected)
     # A loss in other units has its block, and so its damping, scaled; inputs in other units likewise.
-    assert numbers(damping.automatic(A, 7 * G, 7 * unit))[1] == pytest.approx(7 * expected[1])
-    assert numbers(damping.automatic(9 * A, G, unit))[0] == pytest.approx(9 * expected[0])
+    assert numbers(damping.automatic(A, 7 * G, 7 * unit, determined))[1] == pytest.approx(7 * expected[1])
+    assert numbers(damping.automatic(9 * A, G, unit, determined))[0] == pytest.approx(9 * expected[0])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,7 @@ def test_automatic_is_relative_for_inputs_and_absolute_for_gradients() -> None:
     ],
 )
 def test_what_the_argument_means(told: float | tuple[float, float], inverse: str, expected: tuple[float, ...]) -> None:
-    assert numbers(damping.resolve(told, inverse)(*factors(), NO_UNIT)) == pytest.approx(expected)
+    assert numbers(damping.resolve(told, inverse)(*factors(), NO_UNIT, True)) == pytest.approx(expected)
 
 
 def test_auto_is_the_automatic_rule_for_every_inverse() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases import dense_block, every_sharing
-from natgrad.factors import Statistics, choose_decay, join, resolve_sharing, update_average
+from natgrad.factors import Statistics, determines, join, resolve_sharing, update_average
 from natgrad.layers.moments import moment
 from oracle import relative_error
 
@@ -61,9 +61,9 @@ def test_average_keeps_its_dtype_and_leaves_what_it_was_given_alone() -> None:
     assert torch.equal(A, random(2, 2, seed=1))
 
 
-@pytest.mark.parametrize(("rows", "decay"), [(199, 0.95), (200, 0.0), (1, 0.95), (10_000, 0.0)])
-def test_decay_is_zero_from_two_rows_for_each_dimension(rows: int, decay: float) -> None:
-    assert choose_decay(rows, 100) == decay
+@pytest.mark.parametrize(("rows", "enough"), [(199, False), (200, True), (1, False), (10_000, True)])
+def test_two_rows_for_each_dimension_determine_a_factor(rows: int, enough: bool) -> None:
+    assert determines(rows, 100) is enough
 
 
 # Sums over rows.

@@ -66,7 +66,7 @@ def test_a_scheduler_multiplies_an_automatic_step(momentum: float | str) -> None
 
 def spoil_gradient(model: nn.Module) -> None:
     backward(model, 99)
-    model[1].bias.grad[0] = torch.nan  # of a parameter without a layer
+    model[1].weight.grad[0] = torch.nan  # of a parameter without a layer
 
 
 def spoil_input(model: nn.Module) -> None:
@@ -183,10 +183,10 @@ def test_a_loaded_state_is_a_copy() -> None:
     ("other", "text"),
     [
         (
-            nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)),
+            nn.Sequential(nn.Linear(3, 5), nn.PReLU(5), nn.Linear(5, 2)),
             r"layer '0' has factors G, A of sizes \(5, 4\), the state \(4, 4\)",
         ),
-        (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), "doesn't match the size of optimizer's group"),
+        (nn.Sequential(nn.Linear(3, 4), nn.PReLU(4)), "doesn't match the size of optimizer's group"),
         (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "different number of parameter groups"),
     ],
 )

@@ -1,5 +1,6 @@
 """The quadratic model against a dense Gauss-Newton matrix of the whole network, built row by row in reverse mode."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,16 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.func import jacrev
-from torch.nn.functional import mse_loss
+from torch.func import functional_call, jacrev
+from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
-from linear_cases import MSE, Loss, data_for, every_loss
-from natgrad.likelihoods import Gaussian, resolve
-from natgrad.quadratic import curvature_matrix, minimize, subsample
+from cases import MSE, Loss, data_for, every_loss
+from natgrad import quadratic
+from natgrad.batch import Forward
+from natgrad.likelihoods import Gaussian
+from natgrad.losses import resolve
+from natgrad.quadratic import LocalModel, choose, combine, directional_derivative, minimize, subsample
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -48,13 +52,22 @@ def dense(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, directions: list[D
     return V.T @ J.T @ H @ J @ V
 
 
-def of_natgrad(
-    model: nn.Module, told: Any, inputs: tuple[Any, ...], directions: list[Direction], **options: Any
-) -> Tensor:
-    likelihood = resolve(told)
+def local_model(
+    model: nn.Module, told: Any, args: tuple[Any, ...], terms: float | None = None, **options: Any
+) -> LocalModel:
+    """Around the model's own output, as if its forward pass had been captured."""
+    likelihood = resolve(told).likelihood
+    select = options.pop("select", lambda out: out)
     with torch.no_grad():
-        terms = options.pop("terms", None) or likelihood.terms(model(*inputs))
-        return curvature_matrix(model, likelihood, (inputs, {}), terms, directions, lambda out: out, **options)
+        forward = Forward(args, options.pop("kwargs", {}), select(model(*args, **options.pop("call", {}))), [])
+    return LocalModel(model, likelihood, select, forward, terms or forward.terms(likelihood), seed=0)
+
+
+@torch.no_grad()
+def of_natgrad(
+    model: nn.Module, told: Any, x: Tensor, directions: list[Direction], terms: float | None = None
+) -> Tensor:
+    return local_model(model, told, (x,), terms).curvature(directions)
 
 
 @every_loss
@@ -64,7 +77,7 @@ def test_matrix_is_the_gauss_newton_matrix_along_the_directions(loss: Loss, k: i
     model = network()
     x, y = data_for(model, loss, torch.randn(6, 3))
     directions = directions_of(model, k)
-    M = of_natgrad(model, loss.told, (x,), directions)
+    M = of_natgrad(model, loss.told, x, directions)
     assert M.dtype == torch.float64
     assert relative_error(M, dense(model, x, y, loss, directions)) < 1e-12
 
@@ -74,8 +87,10 @@ def test_buffers_parameters_and_chance_stay_as_they_were() -> None:
     model, x = nn.Sequential(*network(), nn.Dropout(0.5)), torch.randn(6, 3)
     model(x)
     before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
+    local = local_model(model.eval(), "mse", (x,))
+    model.train()
     with torch.no_grad():
-        curvature_matrix(model, Gaussian(), ((x,), {}), 18, directions_of(model), lambda out: out)
+        local.curvature(directions_of(model))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert before["1.num_batches_tracked"] == 1
@@ -86,21 +101,22 @@ def test_all_directions_see_the_same_dropout() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     (d,) = directions_of(model, 1)
-    M = of_natgrad(model, "mse", (torch.randn(5, 3),), [d, {n: 2 * t for n, t in d.items()}])
+    M = of_natgrad(model, "mse", torch.randn(5, 3), [d, {n: 2 * t for n, t in d.items()}])
     assert relative_error(M, M[0, 0] * torch.tensor([[1.0, 2.0], [2.0, 4.0]])) < 1e-12
 
 
 @every_loss
-def test_a_part_of_identical_data_stands_for_all(loss: Loss) -> None:
+def test_a_part_of_identical_data_stands_for_all(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a scale that belongs to the part, of a sum above all."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 4)
     model, seen = network().eval(), []
     x, y = data_for(model, loss, torch.randn(1, 3))
     x, y = x.expand(12, 3), y.expand(12, *y.shape[1:])
-    directions, likelihood = directions_of(model), resolve(loss.told)
-    terms = likelihood.terms(model(x))
+    directions = directions_of(model)
+    local = local_model(model, loss.told, (x,), select=lambda f: seen.append(len(f)) or f)
     with torch.no_grad():
-        M = curvature_matrix(model, likelihood, ((x,), {}), terms, directions, lambda f: seen.append(len(f)) or f, 4)
-    assert seen == [4, 4]
+        M = local.curvature(directions)
+    assert seen == [12, 4, 4]
     assert relative_error(M, dense(model, x, y, loss, directions)) < 1e-12
 
 
@@ -110,7 +126,7 @@ def test_the_last_micro_batch_stands_for_all(loss: Loss) -> None:
     model = network().eval()
     x, y = data_for(model, loss, torch.randn(4, 3))
     directions, whole = directions_of(model), (x.repeat(3, 1), y.repeat(3, *[1] * (y.ndim - 1)))
-    M = of_natgrad(model, loss.told, (x,), directions, terms=resolve(loss.told).terms(model(whole[0])))
+    M = of_natgrad(model, loss.told, x, directions, terms=resolve(loss.told).likelihood.terms(model(whole[0])))
     assert relative_error(M, dense(model, *whole, loss, directions)) < 1e-12
 
 
@@ -125,44 +141,193 @@ def test_keyword_inputs_and_selected_outputs() -> None:
 
     model, x, y = Model(), torch.randn(4, 3), torch.randn(4, 2)
     directions = directions_of(model)
+    forward = Forward((3.0,), {"x": x}, torch.empty(4, 2), [])
     with torch.no_grad():
-        M = curvature_matrix(model, Gaussian(), ((3.0,), {"x": x}), 8, directions, lambda out: out[1])
+        M = LocalModel(model, Gaussian(), lambda out: out[1], forward, 8, seed=0).curvature(directions)
     plain = nn.Sequential(model.layer)
     expected = dense(plain, x, y, MSE, [{f"0.{n[6:]}": t for n, t in d.items()} for d in directions])
     assert relative_error(M, 9 * expected) < 1e-12
 
 
-def test_half_precision_is_summed_in_single_precision() -> None:
+def test_half_precision_is_summed_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Directions are float32 at least, whatever the parameters are; 6002 rounds to 6016 in bfloat16."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 4000)
     model, x = nn.Linear(1, 1, bias=False).bfloat16(), torch.ones(3001, 1, dtype=torch.bfloat16)
     directions = [{"weight": torch.ones(1, 1, dtype=torch.float32)}]
-    assert of_natgrad(model, nn.MSELoss(reduction="sum"), (x,), directions, max_data=4000).item() == 6002
+    assert of_natgrad(model, nn.MSELoss(reduction="sum"), x, directions).item() == 6002
 
 
 def test_evaluation_captures_nothing() -> None:
     """The model's own hooks run again: a forward pass more would count data twice."""
     model, x = network(), torch.randn(6, 3)
     preconditioner = natgrad.Preconditioner(model, "mse")
-    of_natgrad(model, "mse", (x,), directions_of(model))
+    of_natgrad(model, "mse", x, directions_of(model))
     assert preconditioner.capture.batch.forwards == 0
 
 
 # Which data are evaluated.
 
 
-def test_subsample_takes_every_kth_datum_of_what_has_the_batch_dimension() -> None:
+def test_subsample_takes_the_chosen_data_of_what_has_the_batch_dimension() -> None:
     x, mask, table = torch.arange(10.0), torch.arange(20.0).reshape(10, 2), torch.randn(3, 10)
-    args, kwargs = subsample(((x, table, 0.5), {"mask": mask, "flag": True}), 4)
-    assert args[0].tolist() == [0, 2, 4, 6, 8]
+    forward = Forward((x, table, 0.5), {"mask": mask, "flag": True}, torch.empty(10, 2), [])
+    args, kwargs = subsample(forward, torch.tensor([7, 0, 4]))
+    assert args[0].tolist() == [7, 0, 4]
     assert args[1] is table
     assert args[2] == 0.5
-    assert torch.equal(kwargs["mask"], mask[::2])
+    assert torch.equal(kwargs["mask"], mask[[7, 0, 4]])
     assert kwargs["flag"] is True
 
 
-@pytest.mark.parametrize("inputs", [((torch.zeros(7),), {}), ((), {"flag": 1}), ((torch.tensor(3.0),), {}), ((), {})])
-def test_small_batches_and_inputs_without_data_are_taken_whole(inputs: Any) -> None:
-    assert subsample(inputs, 4) is inputs
+def test_data_are_drawn_anew_with_every_seed_and_alike_with_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed part, or one in step with the rows of the factors, makes some directions look flatter than they are."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 5)
+    forward = Forward((torch.arange(40.0),), {}, torch.empty(40, 2), [])
+    chosen = [
+        LocalModel(nn.Linear(3, 2), Gaussian(), lambda out: out, forward, 80, seed=seed).args[0].tolist()
+        for seed in (0, 1, 0)
+    ]
+    assert chosen[0] == chosen[2] != chosen[1]
+    assert [len(set(data)) for data in chosen] == [5, 5, 5]
+
+
+# The change of the loss by a step.
+
+
+def step_of(model: nn.Module, size: float = 0.3) -> Direction:
+    (direction,) = directions_of(model, 1)
+    return {name: size * d for name, d in direction.items()}
+
+
+def stepped(model: nn.Module, step: Direction) -> nn.Module:
+    moved = copy.deepcopy(model)
+    for name, parameter in moved.named_parameters():
+        parameter.data.add_(step.get(name, 0.0))
+    return moved
+
+
+def change_by_natgrad(model: nn.Module, told: Any, user: Callable[[nn.Module], Tensor], **options: Any) -> float:
+    """Of the loss, after a forward and backward pass of the user's with an optimizer's hooks."""
+    optimizer = natgrad.KFAC(model, told, **options)
+    user(model).backward()
+    optimizer.preconditioner.update()
+    with torch.no_grad():
+        return optimizer._local_model().change(step_of(model))
+
+
+@every_loss
+def test_change_is_that_of_the_users_loss(loss: Loss) -> None:
+    """No target is ever seen: it must come out of the gradient at the output and the divergence, with its scale."""
+    model = network().eval()
+    x, y = data_for(model, loss, torch.randn(6, 3))
+    clean = copy.deepcopy(model)
+    actual = change_by_natgrad(model, loss.told, lambda m: loss.loss_fn(m(x), y))
+    expected = loss.loss_fn(stepped(clean, step_of(clean))(x), y) - loss.loss_fn(clean(x), y)
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+CRITERION = nn.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64), ignore_index=1)
+
+
+@pytest.mark.parametrize(
+    ("told", "options", "user"),
+    [
+        (CRITERION, {}, lambda m, x, y: CRITERION(m(x).reshape(-1, 3), y.flatten())),
+        (CRITERION, {}, lambda m, x, y: CRITERION(m(x).movedim(-1, 1), y)),
+        (
+            "cross_entropy",
+            {"output": lambda out: out.transpose(1, 2)},
+            lambda m, x, y: cross_entropy(m(x).transpose(1, 2), y),
+        ),
+    ],
+    ids=["flattened tokens", "moved classes", "selected output"],
+)
+def test_change_with_weights_and_rearranged_outputs(told: Any, options: dict[str, Any], user: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(4, 6, 4), torch.randint(3, (4, 6))
+    clean = copy.deepcopy(model)
+    actual = change_by_natgrad(model, told, lambda m: user(m, x, y), **options)
+    expected = user(stepped(clean, step_of(clean)), x, y) - user(clean, x, y)
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_change_with_dropout_is_that_of_one_mask() -> None:
+    """The mask of the evaluation is not the user's: the gradient must be carried over to the other output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    clean, x, y = copy.deepcopy(model), torch.randn(6, 3), torch.randint(3, (6,))
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    cross_entropy(model(x), y).backward()
+    optimizer.preconditioner.update()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        actual = optimizer._local_model().change(step_of(model))
+    losses = []
+    for m in (clean, stepped(clean, step_of(clean))):
+        torch.set_rng_state(state)
+        losses.append(cross_entropy(m(x), y))
+    assert actual == pytest.approx((losses[1] - losses[0]).item(), rel=1e-9)
+
+
+# The choice of a step.
+
+
+class Slope:
+    """A loss near a point, told rather than computed."""
+
+    def __init__(self, M: Tensor, changes: list[float]) -> None:
+        self.M, self.changes, self.steps = M, changes, []
+
+    def curvature(self, directions: list[Direction]) -> Tensor:
+        return self.M
+
+    def change(self, step: Direction) -> float:
+        self.steps.append(step["w"].item())
+        return self.changes[min(len(self.steps), len(self.changes)) - 1]
+
+
+DIRECTIONS = [{"w": torch.tensor(1.0)}, {"w": torch.tensor(10.0)}]
+
+
+def test_a_step_that_achieves_too_little_is_halved() -> None:
+    slope = Slope(torch.eye(1), [5.0, 1.0, -0.5])
+    c, diagnostics = choose(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
+    assert slope.steps == [4.0, 2.0, 1.0]
+    assert c.tolist() == [1.0]
+    assert diagnostics == {"predicted_change": -3.5, "actual_change": -0.5, "halvings": 2.0}
+
+
+def test_no_step_is_taken_where_none_lowers_the_loss() -> None:
+    c, diagnostics = choose(Slope(torch.eye(1), [5.0]), DIRECTIONS[:1], torch.tensor([-4.0]), [None])
+    assert c.tolist() == [0.0]
+    assert diagnostics["halvings"] == 8.0
+
+
+def test_the_natural_gradient_is_not_followed_uphill() -> None:
+    """M = I and b = (1, −1): the minimum has the coefficients (−1, 1)."""
+    c, _ = choose(Slope(torch.eye(2), [-1.0]), DIRECTIONS, torch.tensor([1.0, -1.0]), [None, None])
+    assert c.tolist() == [0.0, 1.0]
+
+
+def test_steps_combine_all_directions() -> None:
+    assert combine(DIRECTIONS, torch.tensor([2.0, 0.5]))["w"].item() == 7.0
+
+
+@torch.no_grad()
+def test_differences_stand_in_where_there_is_no_forward_mode() -> None:
+    """The fused LSTM of the CPU has none in float32; an error of the ⅔ power of the rounding is 2e-5."""
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 4, batch_first=True).float()
+    x = torch.randn(5, 6, 3, dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+    _, product = directional_derivative(lambda p: functional_call(model, p, (x,))[0], parameters, direction)
+    exact = copy.deepcopy(model).double()
+    wide = {name: p.double() for name, p in parameters.items()}
+    tangent = {name: d.double() for name, d in direction.items()}
+    _, expected = torch.func.jvp(lambda p: functional_call(exact, p, (x.double(),))[0], (wide,), (tangent,))
+    assert relative_error(product.double(), expected) < 1e-3
 
 
 # The minimizer.
@@ -216,7 +381,7 @@ def test_model_is_the_loss_of_a_linear_network(reduce: Callable[[Tensor, Tensor]
     loss = reduce(model(x), y)
     loss.backward()
     b = torch.stack([sum((d[n] * p.grad).sum() for n, p in model.named_parameters()) for d in directions])
-    change = b @ c + 0.5 * c @ of_natgrad(model, told, (x,), directions) @ c
+    change = b @ c + 0.5 * c @ of_natgrad(model, told, x, directions) @ c
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.add_(c[0] * directions[0][n] + c[1] * directions[1][n])

@@ -6,6 +6,8 @@ from torch import nn
 import natgrad
 from natgrad.report import Row, format_table
 
+TIED = "tied modules must be of one kind, share weight and bias alike and have one padding_idx"
+
 
 class Mixed(nn.Module):
     """A layer, and every reason not to be one."""
@@ -16,7 +18,7 @@ class Mixed(nn.Module):
         self.left = nn.Linear(4, 4, bias=False)
         self.right = nn.Linear(4, 4)
         self.right.weight = self.left.weight
-        self.norm = nn.LayerNorm(4)
+        self.norm, self.slope = nn.LayerNorm(4), nn.PReLU(4)
         self.scale = nn.Parameter(self.norm.weight.detach().clone())
         self.frozen.requires_grad_(False)
         self.partly.bias.requires_grad_(False)
@@ -31,45 +33,65 @@ def test_every_parameter_is_accounted_for_with_its_reason() -> None:
     reasons = {name: row.reason for name, row in described.items()}
     assert reasons == {
         "plain": "",
+        "partly": "",
+        "norm": "",
         "scale": "no layer kind is registered for Mixed",
-        "frozen.weight": "weight and bias frozen (requires_grad=False)",
-        "frozen.bias": "weight and bias frozen (requires_grad=False)",
-        "partly.weight": "bias frozen (requires_grad=False)",
-        "partly.bias": "bias frozen (requires_grad=False)",
-        "left.weight": "weight is shared by the modules left, right",
-        "right.weight": "weight is shared by the modules left, right",
-        "right.bias": "weight is shared by the modules left, right",
-        "norm.weight": "no layer kind is registered for LayerNorm",
-        "norm.bias": "no layer kind is registered for LayerNorm",
+        "frozen.weight": "frozen (requires_grad=False)",
+        "frozen.bias": "frozen (requires_grad=False)",
+        "partly.bias": "frozen (requires_grad=False)",
+        "left.weight": f"the weight is shared by left, right: {TIED}",
+        "right.bias": f"the weight is shared by left, right: {TIED}",
+        "slope.weight": "no layer kind is registered for PReLU",
     }
-    assert described["plain"] == Row("plain", "K-FAC Linear", (4, 4), 16, "")
-    assert described["partly.weight"].kind == "fallback"
+    assert described["plain"] == Row("plain", "K-FAC Linear", ("4", "4"), 16, 256, described["plain"].cost, "")
+    assert described["left.weight"].kind == "fallback"
     assert described["partly.bias"].kind == described["frozen.weight"].kind == "nothing"
+
+
+def test_costs_are_shares_by_the_cubes_of_the_sizes() -> None:
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 5, bias=False), nn.PReLU())
+    costs = [row.cost for row in natgrad.describe(model).rows]
+    assert costs == pytest.approx([35 / 168, 133 / 168, 0.0])
 
 
 def test_kfac_trains_what_the_table_says() -> None:
     """A parameter in neither group would never move, one in both would move twice."""
     model = Mixed()
     layers, rest = (group["params"] for group in natgrad.KFAC(model, "mse").param_groups)
-    assert layers == [model.plain.weight, model.plain.bias]
-    named = {name for name, p in model.named_parameters(remove_duplicate=False) if any(p is q for q in rest)}
+    trained = [model.plain.weight, model.plain.bias, model.partly.weight, model.norm.weight, model.norm.bias]
+    assert [id(p) for p in layers] == [id(p) for p in trained]
+    named = {name for name, p in model.named_parameters() if any(p is q for q in rest)}
     assert named == {name for name, row in rows(model).items() if row.kind == "fallback"}
     assert len(rest) == len(set(rest))
 
 
+def test_strict_refuses_fallbacks_and_not_frozen_parameters() -> None:
+    with pytest.raises(ValueError, match=r"have no Kronecker-factored block:\n(.*\n)*  slope.weight: no layer kind is"):
+        natgrad.describe(Mixed(), strict=True)
+    natgrad.describe(nn.Linear(3, 2).requires_grad_(False), strict=True)
+
+
 def test_the_table_reads_like_this() -> None:
-    model = nn.Sequential(nn.Linear(3, 400), nn.LayerNorm(400), nn.Linear(400, 10, bias=False))
+    model = nn.Sequential(
+        nn.Linear(3, 400),
+        nn.PReLU(400),
+        nn.Linear(400, 10, bias=False),
+        nn.Embedding(20_000, 4),
+        nn.Conv1d(4, 6, 3, groups=2),
+    )
     assert str(natgrad.describe(model)).splitlines() == [
-        "layer     handled by      G    A  parameters  why not K-FAC",
-        "0         K-FAC Linear  400    4       1,600",
-        "2         K-FAC Linear   10  400       4,000",
-        "1.weight  fallback                       400  no layer kind is registered for LayerNorm",
-        "1.bias    fallback                       400  no layer kind is registered for LayerNorm",
+        "layer     handled by           G           A  parameters    memory  cost  why not K-FAC",
+        "0         K-FAC Linear       400           4       1,600    1.3 MB   50%",
+        "2         K-FAC Linear        10         400       4,000    1.3 MB   50%",
+        "3         K-FAC Embedding      4  20000 diag      80,000  160.1 kB    0%",
+        "4         K-FAC Conv1d     2 x 3       2 x 7          42     928 B    0%",
+        "1.weight  fallback                                   400                  no layer kind is registered for "
+        "PReLU",
     ]
 
 
 def test_a_model_that_is_a_layer_and_one_without_parameters() -> None:
-    assert rows(nn.Linear(3, 2)) == {"": Row("", "K-FAC Linear", (2, 4), 8, "")}
+    assert rows(nn.Linear(3, 2)) == {"": Row("", "K-FAC Linear", ("2", "4"), 8, 160, 1.0, "")}
     assert rows(nn.Tanh()) == {}
 
 

@@ -1,4 +1,4 @@
-"""``natgrad`` on the command line: the named experiments.
+"""``natgrad`` on the command line: the named experiments, and `verify` for a network of your own.
 
 Each command turns its options into one function call of `natgrad.experiments`. To add one, write a function under
 ``@app.command()`` that calls it. Errors that the user can mend (`SettingsError`) are one line and exit code 2; anything
@@ -7,8 +7,11 @@ else is a bug and shows its traceback.
 
 import dataclasses
 import datetime
+import importlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 # First, because it says which extra to install if typer or another package is missing.
 import natgrad.experiments  # isort: skip
@@ -22,6 +25,8 @@ from natgrad.experiments import experiment
 from natgrad.experiments import newton as derivation
 from natgrad.experiments.contestants import CONTESTANTS
 from natgrad.experiments.settings import DEFAULT_STEPS, NONLINEARITIES, Settings, SettingsError
+from natgrad.layers import Sharing
+from natgrad.verify import MAX_PARAMETERS
 
 # Typer's own tracebacks print every local variable, tensors included.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -116,6 +121,35 @@ def newton(
 ) -> None:
     """The article's derivation in numbers: for a deep linear network, K-FAC's step is Newton's."""
     raise typer.Exit(derivation.newton(depth, width, seed, out, Console()))
+
+
+@app.command()
+def verify(
+    target: Annotated[str, typer.Argument(help="module:function, which returns model, inputs, targets and loss.")],
+    reduce: Annotated[bool, typer.Option("--reduce", help='Share weights by "reduce" instead of "expand".')] = False,
+    max_parameters: Annotated[int, typer.Option(help="Larger layers are sampled.")] = MAX_PARAMETERS,
+) -> None:
+    """Compare the curvature of your own network with the exact one, layer by layer."""
+    try:
+        model, x, y, loss = _load(target)()
+    except SettingsError as error:
+        raise _refusal(error) from error
+    sharing: Sharing = "reduce" if reduce else "expand"
+    typer.echo(str(natgrad.verify(model, x, y, loss, sharing=sharing, max_parameters=max_parameters)))
+
+
+def _load(target: str) -> Callable[[], tuple[Any, ...]]:
+    """The function that ``module:function`` names, with the current folder among those searched."""
+    module, _, function = target.partition(":")
+    sys.path.insert(0, "")
+    try:
+        loaded: Callable[[], tuple[Any, ...]] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(
+            f"{target!r} cannot be loaded ({error}): give module:function, where the function returns model, inputs, "
+            "targets and loss, and the module can be imported from the current folder"
+        ) from error
+    return loaded
 
 
 def _new_folder() -> Path:
