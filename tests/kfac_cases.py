@@ -17,7 +17,7 @@ every_mode = pytest.mark.parametrize(
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """With parameters that have no layer kind, for the fallback."""
+    """With a parameter that has no layer kind, for the fallback."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
 

@@ -45,15 +45,14 @@ class EmbeddingLayer(WeightLayer):
         """Token counts."""
         tokens = rows.squeeze(-1)
         counted = self._counted(tokens)
-        n, positions = tokens.shape
-        size = self.module.num_embeddings
+        n, size = tokens.shape[0], self.module.num_embeddings
         dtype = torch.promote_types(self.module.weight.dtype, torch.float32)
         if sharing == "reduce":
             key = tokens + size * torch.arange(n, device=tokens.device).unsqueeze(1)
             keys, times = key[counted].unique(return_counts=True)
             total = torch.zeros(size, dtype=dtype, device=tokens.device)
             total.index_add_(0, keys % size, times.to(dtype).square())
-            return Moment(total.unsqueeze(-1), float(n * positions**2), n)
+            return Moment(total.unsqueeze(-1), float(counted.sum(1).square().sum()), n)
         kept = tokens[counted]
         total = torch.bincount(kept, minlength=size).to(dtype)
         return Moment(total.unsqueeze(-1), float(kept.numel()), kept.numel())
