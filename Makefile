@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Threads that spin while they wait make small factorizations many times slower as soon as another process is busy.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint types test-slow bench clean
+.PHONY: demo test lint types test-slow plant-bugs bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,9 +34,14 @@ types: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
 
-## The article's experiment at full size, all optimizers; writes benchmarks/results/autoencoder.
+## Typical bugs, planted one at a time in a copy of the package: a test must find each.
+plant-bugs: $(READY)
+	$(BIN)/python tests/plant_bugs.py
+
+## The article's experiment at full size, about 15 minutes; writes benchmarks/results/autoencoder.
 bench: $(READY)
-	$(BIN)/natgrad autoencoder --optimizers sgd,adam,kfac-sgd,kfac-adam,kfac --steps 50 --out benchmarks/results/autoencoder
+	$(BIN)/natgrad autoencoder --optimizers adam,kfac-sgd,kfac --steps 45 --overwrite --out benchmarks/results/autoencoder
+	$(BIN)/python benchmarks/step_cost.py
 
 clean:
 	rm -rf .venv build dist

@@ -151,7 +151,7 @@ EXACT: dict[str, Case] = {
     "dilation": one(lambda bias: nn.Conv2d(2, 3, 2, dilation=(2, 3), bias=bias), 3, 2, 3, 4),
     "groups": one(lambda bias: nn.Conv2d(4, 6, 2, groups=2, bias=bias), 6, 4, 2, 2),
     "depthwise": one(lambda bias: nn.Conv1d(4, 8, 3, groups=4, bias=bias), 8, 4, 3),
-    "same": one(lambda bias: nn.Conv2d(2, 3, (3, 2), padding="same", bias=bias), 3, 2, 1, 1),
+    "same": one(lambda bias: nn.Conv2d(2, 3, (3, 5), padding="same", bias=bias), 3, 2, 1, 1),
     "circular padding": one(
         lambda bias: nn.Conv1d(2, 3, 3, stride=4, padding=1, padding_mode="circular", bias=bias), 3, 2, 3
     ),
@@ -300,7 +300,7 @@ NOT_EXACT: dict[str, Make] = {
     "Conv1D of transformers": lambda bias: headed(Conv1D(4, 3), 4, 2, 3, width=8),
     "conv1d": lambda bias: headed(nn.Conv1d(2, 3, 3, 2, 1, bias=bias), 4, 2, 5, width=9),
     "conv1d, same, circular": lambda bias: headed(
-        nn.Conv1d(2, 3, 2, padding="same", padding_mode="circular", bias=bias), 4, 2, 4, width=12
+        nn.Conv1d(2, 3, 3, padding="same", padding_mode="circular", bias=bias), 4, 2, 4, width=12
     ),
     "conv2d": lambda bias: headed(nn.Conv2d(2, 3, (2, 3), padding=(0, 1), bias=bias), 4, 2, 3, 4, width=24),
     "conv2d, dilation": lambda bias: headed(nn.Conv2d(2, 3, 2, 2, 1, 2, bias=bias), 4, 2, 4, 3, width=12),

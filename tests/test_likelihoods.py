@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import jacrev
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, poisson_nll_loss
 
 from cases import LOSSES, Loss, every_loss
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, MeanVariance, Poisson
@@ -185,6 +186,109 @@ def test_outputs_that_are_not_finite_do_not_raise(kind: type[Likelihood], bad: f
     assert draws[[0, 2]].isfinite().all()
     if kind is not Bernoulli or bad != torch.inf:  # the sigmoid of infinity is 1
         assert not draws[1].isfinite().any()
+
+
+# What a step at the output does to the criterion.
+
+
+CRITERIA: dict[str, tuple[Likelihood, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "mse": (Gaussian(), lambda f, y: (f - y).square() / 2, torch.randn_like),
+    "ce": (Categorical(), lambda f, y: cross_entropy(f, y, reduction="none"), lambda f: torch.rand_like(f).softmax(1)),
+    "bce": (Bernoulli(), lambda f, y: binary_cross_entropy_with_logits(f, y, reduction="none"), torch.rand_like),
+    "poisson": (Poisson(), lambda f, y: poisson_nll_loss(f, y, reduction="none"), lambda f: 9 * torch.rand_like(f)),
+    "nll": (LogCategorical(), lambda f, y: -(f * y).sum(1), lambda f: torch.rand_like(f).softmax(1)),
+}
+every_criterion = pytest.mark.parametrize(("likelihood", "criterion", "target"), CRITERIA.values(), ids=CRITERIA.keys())
+
+
+def moved_outputs(seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return logits(shape, seed), logits(shape, seed) + torch.randn(shape)
+
+
+@every_criterion
+@hypothesis.settings(some_examples, max_examples=15)
+@hypothesis.given(seed=st.integers(0, 1000), sizes=SIZES)
+def test_divergence_and_gradient_make_the_exact_change(
+    likelihood: Likelihood,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    target: Callable[[Tensor], Tensor],
+    seed: int,
+    sizes: tuple[int, ...],
+) -> None:
+    """c(f′) = c(f) + ∇c(f) · (f′ − f) + D(f, f′) at every criterion, whatever the target."""
+    f, moved = moved_outputs(seed, sizes[:3])
+    y = target(f)
+    gradient = torch.func.grad(lambda f: criterion(f, y).sum())(f)
+    linear = gradient * (moved - f)
+    linear = linear.sum(1, keepdim=True) if isinstance(likelihood, Categorical) else linear
+    divergence = likelihood.divergence(f, moved)
+    divergence = divergence.sum(1, keepdim=True) if isinstance(likelihood, Categorical) else divergence
+    change = (criterion(moved, y) - criterion(f, y)).reshape(linear.shape)
+    assert torch.allclose(linear + divergence, change, rtol=1e-10, atol=1e-10)
+    assert (divergence >= -1e-12).all()
+
+
+@every_criterion
+def test_gradient_change_is_that_of_automatic_differentiation(
+    likelihood: Likelihood, criterion: Callable[[Tensor, Tensor], Tensor], target: Callable[[Tensor], Tensor]
+) -> None:
+    f, moved = moved_outputs(0, (4, 3, 2))
+    y = target(f)
+    before, after = (torch.func.grad(lambda f: criterion(f, y).sum())(at) for at in (f, moved))
+    assert torch.allclose(likelihood.gradient_change(f, moved), after - before, rtol=1e-10, atol=1e-10)
+
+
+def distributions(likelihood: Likelihood, f: Tensor) -> torch.distributions.Distribution:
+    """What the output means, in torch's own words."""
+    if isinstance(likelihood, MeanVariance):
+        return torch.distributions.Normal(f[:, 0], f[:, 1].sqrt())
+    if isinstance(likelihood, Poisson):
+        return torch.distributions.Poisson(f.exp() if likelihood.log_input else f)
+    if isinstance(likelihood, Bernoulli):
+        return torch.distributions.Bernoulli(logits=f)
+    if isinstance(likelihood, Categorical):
+        return torch.distributions.Categorical(logits=f.movedim(1, -1))
+    return torch.distributions.Normal(f, 1.0)
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [Gaussian(), Categorical(), Bernoulli(), Poisson(), Poisson(log_input=False), MeanVariance()],
+    ids=["mse", "ce", "bce", "poisson", "poisson of the rate", "mean and variance"],
+)
+def test_divergence_is_that_of_kullback_and_leibler(likelihood: Likelihood) -> None:
+    """From the distribution before to the one after, and not the other way round."""
+    f, moved = moved_outputs(0, (4, 2, 3))
+    if isinstance(likelihood, MeanVariance) or getattr(likelihood, "log_input", True) is False:
+        f, moved = f.exp(), moved.exp()
+    expected = torch.distributions.kl_divergence(*(distributions(likelihood, at) for at in (f, moved)))
+    assert torch.allclose(likelihood.divergence(f, moved).reshape(expected.shape), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not LogCategorical])
+def test_divergence_and_gradient_change_are_the_hessians_for_small_moves(kind: type[Likelihood]) -> None:
+    """Half the square in its norm, and its product; of log-probabilities it is the curvature of the logits instead."""
+    likelihood, f = kind(), output_for(kind, (3, 2, 2))
+    d = 1e-5 * torch.randn(f.shape, generator=torch.Generator().manual_seed(3))
+    product = likelihood.hessian_product(f, d)
+    assert likelihood.divergence(f, f + d).sum().item() == pytest.approx((d * product).sum().item() / 2, rel=1e-3)
+    assert relative_error(likelihood.gradient_change(f, f + d), product) < 1e-3
+
+
+class Custom(Gaussian):
+    """A user's likelihood that tells nothing of larger moves."""
+
+    divergence, gradient_change = Likelihood.divergence, Likelihood.gradient_change
+
+    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        return 3 * vector
+
+
+def test_by_default_a_likelihood_is_quadratic() -> None:
+    f, moved = torch.zeros(2, 1), torch.tensor([[2.0], [-1.0]])
+    assert Custom().divergence(f, moved).tolist() == [[6.0], [1.5]]
+    assert Custom().gradient_change(f, moved).tolist() == [[6.0], [-3.0]]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

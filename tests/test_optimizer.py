@@ -1,16 +1,18 @@
 """KFAC's update against closed forms and torch's AdamW, and what its constructor refuses."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
-from kfac_cases import NUMERIC, backward, every_mode, network, train, values
+from kfac_cases import AUTO, NUMERIC, backward, batch, every_mode, network, train, values
 from linear_cases import stack
+from natgrad import quadratic
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -71,6 +73,20 @@ def test_an_automatic_rate_without_a_forward_pass_says_so() -> None:
     optimizer = natgrad.KFAC(network(), "mse")
     train(optimizer, 0)
     with pytest.raises(RuntimeError, match=r"`step\(\)` with an automatic rate found no forward pass"):
+        optimizer.step()
+
+
+def test_a_forward_pass_that_is_not_trained_on_is_named() -> None:
+    """As for a metric between `backward` and `step`; under `no_grad` it does no harm."""
+    optimizer = natgrad.KFAC(network(), "mse")
+    model = optimizer.preconditioner.model
+    backward(model, 0)
+    with torch.no_grad():
+        model(batch(1)[0])
+    optimizer.step()
+    backward(model, 0)
+    model(batch(1)[0])
+    with pytest.raises(RuntimeError, match=r"latest forward pass .* had no backward pass. Call .*`torch.no_grad\(\)`"):
         optimizer.step()
 
 
@@ -171,6 +187,8 @@ def test_linear_regression_is_solved_by_one_newton_step(loss: nn.Module, inverse
     assert optimizer.diagnostics()["lr"] == pytest.approx(1.0, abs=1e-5)
     change = (loss(model(x), y) - before).item()
     assert optimizer.diagnostics()["predicted_change"] == pytest.approx(change, rel=1e-8)
+    assert optimizer.diagnostics()["actual_change"] == pytest.approx(change, rel=1e-8)
+    assert optimizer.diagnostics()["halvings"] == 0.0
 
 
 def test_a_direction_of_the_wrong_length_is_scaled() -> None:
@@ -218,3 +236,66 @@ def test_a_given_number_stays_and_the_other_is_chosen(mode: dict[str, Any]) -> N
     slope = sum(float((free[p] * p.grad).sum()) for p in free)
     size = sum(float(free[p].norm() * p.grad.norm()) for p in free)
     assert abs(slope) < 1e-8 * size
+
+
+class Steep(nn.Module):
+    """Flat where it starts and steep where its targets are: the quadratic model holds for short steps only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sinh(0.5 * self.layer(x))
+
+
+@pytest.mark.parametrize("make", [Steep, stack_of_seed_0], ids=["steep", "smooth"])
+@pytest.mark.parametrize("told", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("mode", [AUTO, {"lr": "auto", "momentum": 0.5}, {"lr": 0.1, "momentum": "auto"}], ids=str)
+def test_an_automatic_step_lowers_the_loss_by_what_it_says(
+    make: Callable[[], nn.Module], told: str, mode: dict[str, Any]
+) -> None:
+    """On the whole batch and with all parameters in layers, what is measured is what the user sees."""
+    x, y = batch(0)
+    loss_fn, y = (mse_loss, 5 * y) if told == "mse" else (cross_entropy, (y[:, 0] > 0).long())
+    optimizer = natgrad.KFAC(make(), told, **mode)
+    model, halvings = optimizer.preconditioner.model, []
+    for step in range(8):
+        optimizer.zero_grad()
+        before = loss_fn(model(x), y)
+        before.backward()
+        optimizer.step()
+        with torch.no_grad():
+            change = (loss_fn(model(x), y) - before).item()
+        diagnostics = optimizer.diagnostics()
+        if mode["lr"] == "auto" or step:  # a given rate without a previous step is nothing to choose
+            assert change <= 0.0
+            halvings.append(diagnostics["halvings"])
+        if diagnostics.get("lr") and "actual_change" in diagnostics:
+            assert change == pytest.approx(diagnostics["actual_change"], rel=1e-6, abs=1e-12)
+            assert change <= 0.1 * diagnostics["predicted_change"] or mode["lr"] != "auto"
+    assert any(halvings) or (make, told, mode["lr"]) != (Steep, "mse", "auto")
+
+
+def test_where_no_step_lowers_the_loss_the_parameters_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that momentum would move; the next step begins anew."""
+    optimizer = natgrad.KFAC(stack_of_seed_0(), "mse")
+    train(optimizer, 0)
+    before = values(optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(quadratic.LocalModel, "change", lambda self, step: 1.0)
+        train(optimizer, 1)
+    after, diagnostics = values(optimizer), optimizer.diagnostics()
+    assert [diagnostics[key] for key in ("lr", "momentum", "halvings")] == [0.0, 0.0, float(quadratic.HALVINGS)]
+    assert all(torch.equal(after[n], before[n]) for n in ("0.weight", "0.bias", "2.weight", "2.bias"))
+    train(optimizer, 2)
+    assert not torch.equal(values(optimizer)["0.weight"], before["0.weight"])
+    assert optimizer.diagnostics()["momentum"] == 0.0
+
+
+def test_numbers_need_no_evaluation_and_tell_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quadratic, "LocalModel", None)
+    optimizer = natgrad.KFAC(network(), "mse", **NUMERIC)
+    train(optimizer, 0, 1)
+    assert not {"predicted_change", "actual_change", "halvings"} & optimizer.diagnostics().keys()

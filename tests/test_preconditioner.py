@@ -230,6 +230,42 @@ def test_an_unused_layer_is_left_alone(inverse: str) -> None:
     assert preconditioner.factors().keys() == {"body", "left", "right"}
 
 
+def test_a_layer_first_used_between_two_updates_waits_for_the_next() -> None:
+    """Nothing was captured then, of any layer: its gradient stays as it is, and no hook was missed."""
+    model = TwoHeads()
+    preconditioner = natgrad.Preconditioner(model, "mse", curvature_period=2)
+    sides, known = ["left", "right", "right"], []
+    for step, side in enumerate(sides):
+        x, y = batch(step)
+        model.zero_grad()
+        mse_loss(model(x, side), y).backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        if step == 0:
+            with pytest.warns(UserWarning, match="layer 'right' received no data and no gradient"):
+                preconditioner.step()
+        else:
+            assert preconditioner.step()
+        known.append(set(preconditioner.factors()))
+        for name, gradient in gradients.items():
+            waits = name.startswith("right") and step == 1
+            assert torch.equal(model.get_parameter(name).grad, gradient) == waits
+    assert known == [{"body", "left"}, {"body", "left"}, {"body", "left", "right"}]
+    assert preconditioner.diagnostics()["skipped_steps"] == 0
+
+
+def test_a_layer_that_is_missed_at_an_update_is_named_at_any_step() -> None:
+    """Here others were captured, so that the hooks did watch."""
+    model = TwoHeads()
+    preconditioner = natgrad.Preconditioner(model, "mse")
+    x, y = batch(0)
+    mse_loss(model(x, "left"), y).backward()
+    with pytest.warns(UserWarning, match="layer 'right' received no data and no gradient"):
+        preconditioner.step()
+    (mse_loss(model(x, "left"), y) + model.right(torch.zeros(1, 4)).sum()).backward()
+    with pytest.raises(RuntimeError, match="layer 'right' has a gradient but natgrad saw no data pass through it"):
+        preconditioner.step()
+
+
 def test_a_wrapped_model_has_the_names_of_its_own() -> None:
     model = network()
     wrapped = nn.DataParallel(model)

@@ -18,7 +18,16 @@ from natgrad import quadratic
 from natgrad.batch import Forward
 from natgrad.likelihoods import Gaussian
 from natgrad.losses import resolve
-from natgrad.quadratic import LocalModel, choose, combine, directional_derivative, minimize, subsample
+from natgrad.quadratic import (
+    LocalModel,
+    central_difference,
+    choose,
+    combine,
+    directional_derivative,
+    minimize,
+    rearrangement,
+    subsample,
+)
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -252,6 +261,116 @@ def test_change_with_weights_and_rearranged_outputs(told: Any, options: dict[str
     assert actual == pytest.approx(expected.item(), rel=1e-9)
 
 
+def classes_of(n: int) -> Tensor:
+    return torch.randint(3, (n,))
+
+
+def some_ignored(n: int) -> Tensor:
+    return torch.where(torch.arange(n) % 3 == 1, -100, classes_of(n))
+
+
+WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (lambda **r: nn.CrossEntropyLoss(weight=WEIGHT, **r), some_ignored),
+        (lambda **r: nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.2, **r), some_ignored),
+        (nn.CrossEntropyLoss, lambda n: torch.rand(n, 3).softmax(1)),
+        (lambda **r: nn.BCEWithLogitsLoss(WEIGHT, pos_weight=1 / WEIGHT, **r), lambda n: torch.rand(n, 3)),
+        (nn.PoissonNLLLoss, lambda n: classes_of(3 * n).reshape(n, 3).to(WEIGHT)),
+    ],
+    ids=["class weights, ignored", "smoothing", "soft targets", "positive weights", "Poisson"],
+)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "batch statistics"])
+def test_change_is_that_of_the_loss_module(
+    make: Callable[..., nn.Module], target: Callable[[int], Tensor], reduction: str, train: bool
+) -> None:
+    """Weights that depend on the target reach the divergence; BatchNorm's batch statistics move with the step."""
+    torch.manual_seed(0)
+    model, told, x, y = network().train(train), make(reduction=reduction), torch.randn(7, 3), target(7)
+    clean = copy.deepcopy(model)
+    actual = change_by_natgrad(model, told, lambda m: told(m(x), y))
+    expected = told(stepped(clean, step_of(clean))(x), y) - told(clean(x), y)
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+@every_loss
+def test_change_on_a_part_of_identical_data_is_that_on_all(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a gradient that is summed over the part and not scaled up."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 4)
+    model = network().eval()
+    x, y = data_for(model, loss, torch.randn(1, 3))
+    x, y = x.repeat(12, 1), y.repeat(12, *[1] * (y.ndim - 1))
+    clean = copy.deepcopy(model)
+    actual = change_by_natgrad(model, loss.told, lambda m: loss.loss_fn(m(x), y))
+    expected = loss.loss_fn(stepped(clean, step_of(clean))(x), y) - loss.loss_fn(clean(x), y)
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_change_on_a_part_takes_every_token_of_a_datum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights and the gradient have a row for each token, where the inputs have one for each datum."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(1, 6, 4).repeat(8, 1, 1), torch.tensor([0, 1, 2, 2, 0, 1]).repeat(8, 1)
+    clean = copy.deepcopy(model)
+    actual = change_by_natgrad(model, CRITERION, lambda m: CRITERION(m(x).flatten(0, 1), y.flatten()))
+    moved = stepped(clean, step_of(clean))
+    expected = CRITERION(moved(x).flatten(0, 1), y.flatten()) - CRITERION(clean(x).flatten(0, 1), y.flatten())
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+@every_loss
+def test_change_on_the_last_micro_batch_is_that_on_all(loss: Loss) -> None:
+    """Its gradient is that of a third of the loss, and its divergence stands for the whole."""
+    model = network().eval()
+    x, y = data_for(model, loss, torch.randn(4, 3))
+    whole = x.repeat(3, 1), y.repeat(3, *[1] * (y.ndim - 1))
+    clean = copy.deepcopy(model)
+    share = 1.0 if getattr(loss.told, "reduction", "mean") == "sum" else 1 / 3
+    optimizer = natgrad.KFAC(model, loss.told)
+    for _ in range(3):
+        (share * loss.loss_fn(model(x), y)).backward()
+    optimizer.preconditioner.update()
+    with torch.no_grad():
+        actual = optimizer._local_model().change(step_of(model))
+    moved = stepped(clean, step_of(clean))
+    expected = loss.loss_fn(moved(whole[0]), whole[1]) - loss.loss_fn(clean(whole[0]), whole[1])
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_a_part_without_a_target_that_counts_tells_of_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero over zero else, when few data have a label."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 2)
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(3, 3)), torch.randn(20, 3), torch.full((20,), 1)
+    chosen = torch.randperm(20, generator=torch.Generator().manual_seed(1))[:2]  # the seed is the number of the step
+    y[[n for n in range(20) if n not in chosen.tolist()][:2]] = 0
+    optimizer = natgrad.KFAC(model, CRITERION)
+    CRITERION(model(x), y).backward()
+    optimizer.preconditioner.update()
+    local = optimizer._local_model()
+    assert not y[local.chosen].eq(0).any()
+    with torch.no_grad():
+        assert local.change(step_of(model)) == 0.0
+        assert torch.equal(local.curvature(directions_of(model)), torch.zeros(2, 2))
+
+
+def test_change_leaves_buffers_parameters_and_chance_as_they_were() -> None:
+    model, x, y = nn.Sequential(*network(), nn.Dropout(0.5)), torch.randn(6, 3), torch.randn(6, 3)
+    optimizer = natgrad.KFAC(model, "mse")
+    mse_loss(model(x), y).backward()
+    optimizer.preconditioner.update()
+    before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
+    with torch.no_grad():
+        assert optimizer._local_model().change(step_of(model)) != 0.0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
 def test_change_with_dropout_is_that_of_one_mask() -> None:
     """The mask of the evaluation is not the user's: the gradient must be carried over to the other output."""
     torch.manual_seed(0)
@@ -310,8 +429,136 @@ def test_the_natural_gradient_is_not_followed_uphill() -> None:
     assert c.tolist() == [0.0, 1.0]
 
 
+def test_a_given_momentum_stays_where_the_natural_gradient_is_left_out() -> None:
+    c, _ = choose(Slope(torch.eye(2), [-1.0]), DIRECTIONS, torch.tensor([1.0, -1.0]), [None, 0.5])
+    assert c.tolist() == [0.0, 0.5]
+
+
+def test_a_rate_that_the_user_gave_may_be_uphill() -> None:
+    """It is kept, and not excluded as noise, as long as the loss falls."""
+    c, _ = choose(Slope(torch.eye(1), [-1.0]), DIRECTIONS[:1], torch.tensor([1.0]), [0.5])
+    assert c.tolist() == [0.5]
+
+
+def test_a_step_that_the_model_expects_to_raise_the_loss_must_lower_it_all_the_same() -> None:
+    """A rate of 3 is beyond the end of the valley, at 2: predicted 1.5, of which a tenth is still a rise."""
+    slope = Slope(torch.eye(1), [0.1, -0.5])
+    c, diagnostics = choose(slope, DIRECTIONS[:1], torch.tensor([-1.0]), [3.0])
+    assert slope.steps == [3.0, 1.5]
+    assert c.tolist() == [1.5]
+    assert diagnostics["halvings"] == 1.0
+
+
+@pytest.mark.parametrize("change", [torch.nan, torch.inf])
+def test_a_change_that_is_not_finite_is_no_fall(change: float) -> None:
+    slope = Slope(torch.eye(1), [change, -3.0])
+    c, _ = choose(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
+    assert c.tolist() == [2.0]
+
+
 def test_steps_combine_all_directions() -> None:
+    """And leave them as they are."""
     assert combine(DIRECTIONS, torch.tensor([2.0, 0.5]))["w"].item() == 7.0
+    assert [direction["w"].item() for direction in DIRECTIONS] == [1.0, 10.0]
+
+
+def test_a_shorter_direction_moves_its_own_parameters_alone() -> None:
+    wide = {"w": torch.tensor(1.0), "u": torch.tensor(3.0)}
+    assert combine([wide, {"w": torch.tensor(10.0)}], torch.tensor([2.0, 0.5])) == {"w": 7.0, "u": 6.0}
+
+
+# How the loss module's input comes from the model's output.
+
+
+def seen_as(way: Callable[[Tensor], Tensor], shape: tuple[int, ...] = (2, 4, 3)) -> tuple[Tensor, Forward]:
+    seen = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return seen, Forward((), {}, way(seen), [], seen=seen)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda out: out,
+        lambda out: out.reshape(8, 3),
+        lambda out: out.movedim(-1, 1),
+        lambda out: out.transpose(1, 2),
+        lambda out: out.movedim(1, -1).reshape(6, 4),
+    ],
+    ids=["as it is", "flattened tokens", "moved classes", "transposed", "moved and flattened"],
+)
+def test_rearrangements_are_recognized_for_any_number_of_data(way: Callable[[Tensor], Tensor]) -> None:
+    seen, forward = seen_as(way)
+    again = rearrangement(forward)
+    assert torch.equal(again(seen), way(seen))
+    part = torch.randn(1, *seen.shape[1:])
+    assert again(part).shape == (way(seen).shape[0] // 2, *way(seen).shape[1:])
+
+
+def test_without_a_loss_module_nothing_is_rearranged() -> None:
+    out = torch.randn(2, 3)
+    assert rearrangement(Forward((), {}, torch.randn(5, 7), []))(out) is out
+
+
+@pytest.mark.parametrize(
+    "way", [lambda out: 2 * out, lambda out: out[:, 1:], lambda out: out.flip(0), lambda out: out[:, -1]]
+)
+def test_what_cannot_be_traced_to_the_output_is_refused(way: Callable[[Tensor], Tensor]) -> None:
+    """Shapes alone do not tell."""
+    with pytest.raises(ValueError, match=r"cannot trace to the model's output, of shape \(2, 4, 3\): pass `output=`"):
+        rearrangement(seen_as(way)[1])
+
+
+# Derivatives without forward mode.
+
+
+class Cube(torch.autograd.Function):
+    """An operation of the user's with a backward pass only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class Cubed(nn.Module):
+    def __init__(self, cube: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.cube = nn.Linear(3, 2), cube
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cube(self.layer(x))
+
+
+def test_the_matrix_of_a_network_without_forward_mode(caplog: pytest.LogCaptureFixture) -> None:
+    """In double precision, ⅔ of the digits are 1e-10; natgrad says so once a product, for whoever listens."""
+    x = torch.randn(5, 3)
+    model, plain = Cubed(Cube.apply), Cubed(lambda z: z**3)
+    with caplog.at_level("INFO", logger="natgrad"):
+        expected = of_natgrad(plain, "mse", x, directions_of(plain))
+        assert not caplog.messages
+        M = of_natgrad(model, "mse", x, directions_of(model))
+    assert ["no forward-mode differentiation" in message for message in caplog.messages] == [True, True]
+    assert relative_error(M, expected) < 1e-8
+
+
+@pytest.mark.parametrize("length", [1e-12, 1.0, 1e12])
+def test_differences_do_not_depend_on_the_length_of_the_direction(length: float) -> None:
+    """Catches a step in units of the direction, which rounding would swallow or which would leave the neighbourhood."""
+    parameters, direction = {"w": torch.tensor([0.7, -0.4])}, {"w": length * torch.tensor([0.3, 2.0])}
+    at, product = central_difference(lambda p: torch.tanh(p["w"]), parameters, direction)
+    assert torch.allclose(at, torch.tanh(parameters["w"]), rtol=1e-9)
+    assert relative_error(product, direction["w"] * (1 - torch.tanh(parameters["w"]) ** 2)) < 1e-9
+
+
+def test_differences_along_a_zero_direction_are_zero() -> None:
+    parameters = {"w": torch.tensor([0.7, -0.4])}
+    _, product = central_difference(lambda p: torch.tanh(p["w"]), parameters, {"w": torch.zeros(2)})
+    assert torch.equal(product, torch.zeros(2))
 
 
 @torch.no_grad()

@@ -129,7 +129,10 @@ def write_out(model: nn.Module) -> nn.Module:
             written = WrittenCell(module)
         else:
             if parametrize.is_parametrized(module):
+                kind = type(module)  # which a copy shares, and which torch changes
+                module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
                 parametrize.remove_parametrizations(module, "weight")
+                module._parameters["bias"] = module._parameters.pop("bias")  # behind the weight again
             continue
         model.set_submodule(name, written)
     return model

@@ -284,6 +284,10 @@ class Poisson(_Elementwise):
         before, after = (output, moved) if self.log_input else (output.log(), moved.log())
         return after.exp() - before.exp() * (1 + after - before)
 
+    def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
+        """rate′ − rate for the logarithm; for the rate to first order, as it depends on the count."""
+        return moved.exp() - output.exp() if self.log_input else super().gradient_change(output, moved)
+
     def diagonal(self, output: Tensor) -> Tensor:
         """The rate, or its inverse."""
         return output.exp() if self.log_input else output.reciprocal()

@@ -166,6 +166,11 @@ class KFAC(torch.optim.Optimizer):
             raise RuntimeError(
                 "`step()` with an automatic rate found no forward pass of the model since the last step."
             )
+        if forward.gradient is None:
+            raise RuntimeError(
+                "`step()` with an automatic rate: the model's latest forward pass since the last step had no backward "
+                "pass. Call the model under `torch.no_grad()` where its output is not trained on."
+            )
         return quadratic.LocalModel(pre.model, likelihood, pre.capture.select, forward, pre.batch.terms, seed=pre.steps)
 
     @torch.no_grad()

@@ -74,7 +74,8 @@ class LocalModel:
         self.rearrange = rearrangement(forward)
         self.forward = forward
         self.weights = None if forward.weights is None else Weights(*map(self._take, forward.weights))
-        self.share = min(size, forward.data) / forward.data
+        # Of the user's loss: of one micro-batch among several, the gradient is that of a part.
+        self.share = min(size, forward.data) / forward.data * forward.terms(likelihood) / terms
         self.total_terms = terms
         self._before: tuple[Tensor, Tensor] | None = None
 
@@ -126,7 +127,7 @@ class LocalModel:
         """R for these data, as if they were the whole batch."""
         own: float = self.likelihood.terms(output)
         if self.weights is not None and self.likelihood.reduction == "mean":
-            own = float(self.weights.terms.sum())
+            own = float(self.weights.terms.sum()) or 1.0  # all ignored: nothing is left to be scaled
         return self.likelihood.scale(self.total_terms) * self.total_terms / own
 
     def _take(self, rows: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ def choose(
         step = combine(directions, c)
         predicted, actual = float(b @ c + 0.5 * c @ M @ c), local.change(step)
         diagnostics = {"predicted_change": predicted, "actual_change": actual, "halvings": float(halvings)}
-        if actual <= SUFFICIENT * predicted:
+        if actual <= SUFFICIENT * min(predicted, 0.0):
             return c, diagnostics
         c = c / 2
     return torch.zeros_like(c), diagnostics

@@ -1,0 +1,95 @@
+"""Plants typical bugs of K-FAC code, one at a time, in a copy of the package, and lets the tests find them.
+
+`make plant-bugs`, or `python tests/plant_bugs.py [name …]`. Each bug is one replacement in one file; the tests named beside
+it must fail. Prints a table, and exits with 1 if a bug survives or its place is no longer there.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Bug:
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+LINEAR, KINDS, LOSSES = "test_linear_exactness.py", "test_layers_exactness.py", "test_losses.py"
+BUGS = {
+    "G divided by the number of data": Bug("batch.py", "return 1.0 / R if self.fisher == \"empirical\" else R", "return (1.0 / R if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
+    "loss reduced by mean treated as a sum": Bug("likelihoods.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
+    "the 2 of torch's MSE forgotten": Bug("likelihoods.py", "return 1.0 if self.half else 2.0", "return 1.0", LINEAR),
+    "empirical Fisher with R instead of 1/R": Bug("batch.py", "return 1.0 / R if self.fisher == \"empirical\" else R", "return R", LINEAR),
+    "A summed, not averaged": Bug("layers/moments.py", "weight = float(count)", "weight = 1.0", KINDS),
+    "positions of reduce not squared": Bug("layers/moments.py", "weight = float(n * positions**2)", "weight = float(n * positions)", KINDS),
+    "bias of reduce 1 and not S": Bug("layers/moments.py", "flat, one, count = rows.sum(-2), float(positions), n", "flat, one, count = rows.sum(-2), 1.0, n", KINDS),
+    "bias column left out of A": Bug("layers/moments.py", "bordered[..., :d, d] = bordered[..., d, :d] = total", "bordered[..., :d, d] = bordered[..., d, :d] = 0 * total", LINEAR),
+    "bias corner forgotten": Bug("layers/moments.py", "bordered[..., d, d] = corner", "bordered[..., d, d] = 1.0", LINEAR),
+    "patches with the taps before the channels": Bug("layers/convolution.py", "x.movedim(1, 1 + axes).flatten(1 + axes)", "x.movedim(1, -1).flatten(1 + axes)", KINDS),
+    "dilation ignored": Bug("layers/convolution.py", "x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]", "x.unfold(axis, d * (k - 1) + 1, s)[..., :k]", KINDS),
+    "padding mode ignored": Bug("layers/convolution.py", 'mode = "constant" if module.padding_mode == "zeros" else module.padding_mode', 'mode = "constant"', KINDS),
+    "'same' padding on the wrong side": Bug("layers/convolution.py", "(t // 2, t - t // 2)", "(t - t // 2, t // 2)", "test_layers_rows.py"),
+    "transposed kernel not flipped": Bug("layers/convolution.py", "self.module.dilation, flip=True", "self.module.dilation, flip=False", KINDS),
+    "output padding ignored": Bug("layers/convolution.py", "d * (k - 1) - p + extra))", "d * (k - 1) - p))", KINDS),
+    "padding tokens counted": Bug("layers/embedding.py", "if padding is None else tokens != padding", "", f"{KINDS} test_layers_rows.py"),
+    "swapped factors": Bug("inverses.py", 'return apply(inverse["A_inverse"], apply(inverse["G_inverse"], V).mT).mT', 'return apply(inverse["G_inverse"], apply(inverse["A_inverse"], V.mT).mT)', "test_linear_step.py"),
+    "dampings exchanged": Bug("damping.py", "return lambda A, G, unit, determined: Damping(a, g)", "return lambda A, G, unit, determined: Damping(g, a)", "test_linear_step.py test_damping.py"),
+    "pi upside down": Bug("damping.py", "squared = mean_diagonal(A) / mean_diagonal(G)", "squared = mean_diagonal(G) / mean_diagonal(A)", "test_damping.py"),
+    "only the last call of a module": Bug("capture.py", "        self._calls.append(call)", "        self._calls = [c for c in self._calls if c.layer is not layer] + [call]", f"{LINEAR} {KINDS}"),
+    "only the last micro-batch": Bug("factors.py", "self.G[part] += total * weight", "self.G[part] = total * weight", LINEAR),
+    "samples not averaged": Bug("capture.py", "1.0 / self.mc_samples", "1.0", LINEAR),
+    "all positions switched on together": Bug("capture.py", "    if positions == 1:\n", "    if True:\n", LOSSES),
+    "ignored targets counted": Bug("losses.py", "kept = target != ignore_index", "kept = torch.ones_like(target, dtype=torch.bool)", LOSSES),
+    "class weights ignored": Bug("losses.py", "curvature = ((1 - smoothing) * own + smoothing * weight.mean()) * kept", "curvature = (1.0 + 0 * own) * kept", LOSSES),
+    "positive weights on the negatives": Bug("losses.py", "1 + (module.pos_weight - 1) * target", "1 + (module.pos_weight - 1) * (1 - target)", LOSSES),
+    "weights of a mean not in its divisor": Bug("losses.py", "return Weights(curvature.unsqueeze(1), (own * kept).unsqueeze(1))", "return Weights(curvature.unsqueeze(1), (0 * own + kept).unsqueeze(1))", LOSSES),
+    "running average biased to the start": Bug("factors.py", "share = 1.0 / state[\"age\"].item()", "share = 1.0 - decay", "test_factors.py"),
+    "scale of a normalization with the raw input": Bug("layers/normalization.py", "        return normalize(self.module, x)", "        return x", KINDS),
+    "key and value blocks exchanged": Bug("layers/attention.py", "return slice(start, start + weight.shape[0] // self.shape[0])", "return slice(0, weight.shape[0] // self.shape[0])", "test_layers_rows.py"),
+    "hidden state one step late": Bug("layers/recurrent.py", "state = step(module, z[:, t], hidden.apply(state[0], self.recorder), state)", "state = step(module, z[:, t - 1], hidden.apply(state[0], self.recorder), state)", "test_layers_recurrent.py test_layers_rows.py"),
+    "weight norm without the length of v": Bug("layers/weight_norm.py", "ratio * gradients[1]", "gradients[1]", "test_layers_rows.py"),
+    "quadratic model without the batch's scale": Bug("quadratic.py", "return self.likelihood.scale(self.total_terms) * self.total_terms / own", "return self.likelihood.scale(self.total_terms)", "test_quadratic.py"),
+    "EKFAC's eigenvalues those of K-FAC": Bug("curvature.py", "block.corrected(self.sums[name] * scale) if name in self.sums else block", "block", "test_curvature.py"),
+}  # fmt: skip
+
+
+def survives(bug: Bug) -> str | None:
+    """None if a test fails for it, or why it is still alive."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "natgrad"
+        shutil.copytree(ROOT / "src" / "natgrad", copy)
+        path = copy / bug.file
+        text = path.read_text(encoding="utf-8")
+        if bug.right not in text:
+            return "its place is gone"
+        path.write_text(text.replace(bug.right, bug.wrong), encoding="utf-8")
+        tests = [str(ROOT / "tests" / name) for name in bug.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        environment = {**os.environ, "PYTHONPATH": folder}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return None if done.returncode == 1 else f"SURVIVES ({done.stdout.strip().splitlines()[-1:]})"
+
+
+def main() -> int:
+    """Plant them all, or those named."""
+    chosen = {name: BUGS[name] for name in sys.argv[1:]} or BUGS
+    alive = 0
+    for name, bug in chosen.items():
+        reason = survives(bug)
+        alive += reason is not None
+        print(f"{name:48} {bug.tests:45} {reason or 'killed'}", flush=True)
+    print(f"{len(chosen) - alive} of {len(chosen)} killed")
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
