@@ -97,9 +97,11 @@ def invert(factor: Tensor, damping: Tensor | float, name: str) -> Tensor:
 
 def _invert_carefully(damped: Tensor, name: str) -> Tensor:
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    # A factor that is zero, as behind dead units, must have an inverse that float32 can hold: infinity times the zero
-    # gradient that goes with it is not a number.
-    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny / FIRST_JITTER)
+    # A factor that is zero, as behind dead units or a saturated softmax, has no inverse that float32 can hold. Its
+    # directions are left out, as a pseudo-inverse does.
+    least = torch.finfo(torch.float32).tiny / FIRST_JITTER
+    held = diagonal.amax(-1) > least
+    mean = diagonal.mean().clamp(min=least)
     jitter = 0.0
     while True:
         L, info = torch.linalg.cholesky_ex(damped)
@@ -119,7 +121,7 @@ def _invert_carefully(damped: Tensor, name: str) -> Tensor:
             RuntimeWarning,
             stacklevel=2,
         )
-    return torch.cholesky_inverse(L)
+    return torch.where(held[..., None, None], torch.cholesky_inverse(L), 0.0)
 
 
 def eigh(factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,213 @@
+"""The change of the loss by a step, from outputs and the gradient alone, against the loss that the user computes."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+import natgrad
+from cases import Loss, data_for, every_loss
+from natgrad import quadratic
+from quadratic_cases import Direction, directions_of, network
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def step_of(model: nn.Module, size: float = 0.3) -> Direction:
+    (direction,) = directions_of(model, 1)
+    return {name: size * d for name, d in direction.items()}
+
+
+def stepped(model: nn.Module, step: Direction) -> nn.Module:
+    moved = copy.deepcopy(model)
+    for name, parameter in moved.named_parameters():
+        parameter.data.add_(step.get(name, 0.0))
+    return moved
+
+
+def change_by_natgrad(model: nn.Module, told: Any, user: Callable[[nn.Module], Tensor], **options: Any) -> float:
+    """Of the loss, after a forward and backward pass of the user's with an optimizer's hooks."""
+    optimizer = natgrad.KFAC(model, told, **options)
+    user(model).backward()
+    optimizer.preconditioner.update()
+    with torch.no_grad():
+        return optimizer._local_model().change(step_of(model))
+
+
+@every_loss
+def test_change_is_that_of_the_users_loss(loss: Loss) -> None:
+    """No target is ever seen: it must come out of the gradient at the output and the divergence, with its scale."""
+    model = network().eval()
+    x, y = data_for(model, loss, torch.randn(6, 3))
+    clean = copy.deepcopy(model)
+    actual = change_by_natgrad(model, loss.told, lambda m: loss.loss_fn(m(x), y))
+    expected = loss.loss_fn(stepped(clean, step_of(clean))(x), y) - loss.loss_fn(clean(x), y)
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+CRITERION = nn.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64), ignore_index=1)
+
+
+@pytest.mark.parametrize(
+    ("told", "options", "user"),
+    [
+        (CRITERION, {}, lambda m, x, y: CRITERION(m(x).reshape(-1, 3), y.flatten())),
+        (CRITERION, {}, lambda m, x, y: CRITERION(m(x).movedim(-1, 1), y)),
+        (
+            "cross_entropy",
+            {"output": lambda out: out.transpose(1, 2)},
+            lambda m, x, y: cross_entropy(m(x).transpose(1, 2), y),
+        ),
+    ],
+    ids=["flattened tokens", "moved classes", "selected output"],
+)
+def test_change_with_weights_and_rearranged_outputs(told: Any, options: dict[str, Any], user: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(4, 6, 4), torch.randint(3, (4, 6))
+    clean = copy.deepcopy(model)
+    actual = change_by_natgrad(model, told, lambda m: user(m, x, y), **options)
+    expected = user(stepped(clean, step_of(clean)), x, y) - user(clean, x, y)
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+def classes_of(n: int) -> Tensor:
+    return torch.randint(3, (n,))
+
+
+def some_ignored(n: int) -> Tensor:
+    return torch.where(torch.arange(n) % 3 == 1, -100, classes_of(n))
+
+
+WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (lambda **r: nn.CrossEntropyLoss(weight=WEIGHT, **r), some_ignored),
+        (lambda **r: nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.2, **r), some_ignored),
+        (nn.CrossEntropyLoss, lambda n: torch.rand(n, 3).softmax(1)),
+        (lambda **r: nn.BCEWithLogitsLoss(WEIGHT, pos_weight=1 / WEIGHT, **r), lambda n: torch.rand(n, 3)),
+        (nn.PoissonNLLLoss, lambda n: classes_of(3 * n).reshape(n, 3).to(WEIGHT)),
+    ],
+    ids=["class weights, ignored", "smoothing", "soft targets", "positive weights", "Poisson"],
+)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "batch statistics"])
+def test_change_is_that_of_the_loss_module(
+    make: Callable[..., nn.Module], target: Callable[[int], Tensor], reduction: str, train: bool
+) -> None:
+    """Weights that depend on the target reach the divergence; BatchNorm's batch statistics move with the step."""
+    torch.manual_seed(0)
+    model, told, x, y = network().train(train), make(reduction=reduction), torch.randn(7, 3), target(7)
+    clean = copy.deepcopy(model)
+    actual = change_by_natgrad(model, told, lambda m: told(m(x), y))
+    expected = told(stepped(clean, step_of(clean))(x), y) - told(clean(x), y)
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+@every_loss
+def test_change_on_a_part_of_identical_data_is_that_on_all(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a gradient that is summed over the part and not scaled up."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 4)
+    model = network().eval()
+    x, y = data_for(model, loss, torch.randn(1, 3))
+    x, y = x.repeat(12, 1), y.repeat(12, *[1] * (y.ndim - 1))
+    clean = copy.deepcopy(model)
+    actual = change_by_natgrad(model, loss.told, lambda m: loss.loss_fn(m(x), y))
+    expected = loss.loss_fn(stepped(clean, step_of(clean))(x), y) - loss.loss_fn(clean(x), y)
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_change_on_a_part_takes_every_token_of_a_datum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights and the gradient have a row for each token, where the inputs have one for each datum."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(1, 6, 4).repeat(8, 1, 1), torch.tensor([0, 1, 2, 2, 0, 1]).repeat(8, 1)
+    clean = copy.deepcopy(model)
+    actual = change_by_natgrad(model, CRITERION, lambda m: CRITERION(m(x).flatten(0, 1), y.flatten()))
+    moved = stepped(clean, step_of(clean))
+    expected = CRITERION(moved(x).flatten(0, 1), y.flatten()) - CRITERION(clean(x).flatten(0, 1), y.flatten())
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+@every_loss
+def test_change_on_the_last_micro_batch_is_that_on_all(loss: Loss) -> None:
+    """Its gradient is that of a third of the loss, and its divergence stands for the whole."""
+    model = network().eval()
+    x, y = data_for(model, loss, torch.randn(4, 3))
+    whole = x.repeat(3, 1), y.repeat(3, *[1] * (y.ndim - 1))
+    clean = copy.deepcopy(model)
+    share = 1.0 if getattr(loss.told, "reduction", "mean") == "sum" else 1 / 3
+    optimizer = natgrad.KFAC(model, loss.told)
+    for _ in range(3):
+        (share * loss.loss_fn(model(x), y)).backward()
+    optimizer.preconditioner.update()
+    with torch.no_grad():
+        actual = optimizer._local_model().change(step_of(model))
+    moved = stepped(clean, step_of(clean))
+    expected = loss.loss_fn(moved(whole[0]), whole[1]) - loss.loss_fn(clean(whole[0]), whole[1])
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_a_part_without_a_target_that_counts_tells_of_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero over zero else, when few data have a label."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 2)
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(3, 3)), torch.randn(20, 3), torch.full((20,), 1)
+    chosen = torch.randperm(20, generator=torch.Generator().manual_seed(1))[:2]  # the seed is the number of the step
+    y[[n for n in range(20) if n not in chosen.tolist()][:2]] = 0
+    optimizer = natgrad.KFAC(model, CRITERION)
+    CRITERION(model(x), y).backward()
+    optimizer.preconditioner.update()
+    local = optimizer._local_model()
+    assert not y[local.chosen].eq(0).any()
+    with torch.no_grad():
+        assert local.change(step_of(model)) == 0.0
+        assert torch.equal(local.curvature(directions_of(model)), torch.zeros(2, 2))
+
+
+def test_change_leaves_buffers_parameters_and_chance_as_they_were() -> None:
+    model, x, y = nn.Sequential(*network(), nn.Dropout(0.5)), torch.randn(6, 3), torch.randn(6, 3)
+    optimizer = natgrad.KFAC(model, "mse")
+    mse_loss(model(x), y).backward()
+    optimizer.preconditioner.update()
+    before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
+    with torch.no_grad():
+        assert optimizer._local_model().change(step_of(model)) != 0.0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("told", "user", "target"),
+    [
+        ("cross_entropy", cross_entropy, classes_of),
+        (CRITERION, CRITERION, classes_of),
+        *[(told, told, lambda n: torch.rand(n, 3)) for told in [nn.BCEWithLogitsLoss(pos_weight=3 * WEIGHT)]],
+        *[(told, told, lambda n: 3 * torch.rand(n, 3)) for told in [nn.PoissonNLLLoss(reduction="sum"), nn.MSELoss()]],
+    ],
+    ids=["cross-entropy", "class weights, ignored", "positive weights", "Poisson", "squared error"],
+)
+def test_change_with_dropout_is_that_of_one_mask(told: Any, user: Any, target: Callable[[int], Tensor]) -> None:
+    """The mask of the evaluation is not the user's: the gradient must be carried over to the other output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    clean, x, y = copy.deepcopy(model), torch.randn(6, 3), target(6)
+    optimizer = natgrad.KFAC(model, told)
+    user(model(x), y).backward()
+    optimizer.preconditioner.update()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        actual = optimizer._local_model().change(step_of(model))
+    losses = []
+    for m in (clean, stepped(clean, step_of(clean))):
+        torch.set_rng_state(state)
+        losses.append(user(m(x), y))
+    assert actual == pytest.approx((losses[1] - losses[0]).item(), rel=1e-9)
