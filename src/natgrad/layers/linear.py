@@ -31,8 +31,8 @@ class LinearLayer(WeightLayer):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in [+ 1])."""
-        out, width = self.module.weight.shape  # type: ignore[misc]
-        return int(out), int(width) + int(self.has_bias)
+        out, width = self.parameters[0].shape
+        return out, width + int(self.has_bias)
 
 
 @register("Conv1D")
@@ -59,5 +59,5 @@ class TransposedLinearLayer(LinearLayer):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in [+ 1])."""
-        width, out = self.module.weight.shape  # type: ignore[misc]
-        return int(out), int(width) + int(self.has_bias)
+        width, out = self.parameters[0].shape
+        return out, width + int(self.has_bias)

@@ -17,12 +17,13 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from natgrad.layers.base import Layer, Recorder, register
+from natgrad.layers.linear import LinearLayer
 
 State = tuple[Tensor, ...]
 """(h,) or, for an LSTM, (h, c); each (N, hidden)."""
 
 
-class GateLayer(Layer):
+class GateLayer(LinearLayer):
     """One weight of a recurrent module with its bias; rows are data and time steps.
 
     Attributes:
@@ -35,28 +36,6 @@ class GateLayer(Layer):
         self.name, self.module, self.bias = name, module, bias
         self.has_bias = bias is not None and bias.requires_grad
         self.parameters = [weight, bias] if bias is not None and self.has_bias else [weight]
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """(N, [S,] in) → (N, S, in)."""
-        return x.reshape(x.shape[0], -1, x.shape[-1])
-
-    def gradients(self, g: Tensor, x: Tensor) -> Tensor:
-        """(N, [S,] out) → (N, S, out)."""
-        return self.inputs(g)
-
-    def to_matrix(self, gradients: Sequence[Tensor]) -> Tensor:
-        """[W b]."""
-        return torch.cat([gradients[0], gradients[1].unsqueeze(1)], dim=1) if self.has_bias else gradients[0]
-
-    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
-        """W and, if there is one, b."""
-        return [matrix[:, :-1], matrix[:, -1]] if self.has_bias else [matrix]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(gates · hidden, in [+ 1])."""
-        out, width = self.parameters[0].shape
-        return out, width + int(self.has_bias)
 
     def apply(self, x: Tensor, recorder: Recorder) -> Tensor:
         """W x + b, reported."""
