@@ -41,7 +41,7 @@ BUGS = {
     "transposed kernel not flipped": Bug("layers/convolution.py", "self.module.dilation, flip=True", "self.module.dilation, flip=False", KINDS),
     "output padding ignored": Bug("layers/convolution.py", "d * (k - 1) - p + extra))", "d * (k - 1) - p))", KINDS),
     "padding tokens counted": Bug("layers/embedding.py", "if padding is None else tokens != padding", "", f"{KINDS} test_layers_rows.py"),
-    "swapped factors": Bug("inverses.py", 'return apply(inverse["A_inverse"], apply(inverse["G_inverse"], V).mT).mT', 'return apply(inverse["G_inverse"], apply(inverse["A_inverse"], V.mT).mT)', "test_linear_step.py"),
+    "swapped factors": Bug("inverses.py", 'return apply(inverse["A_inverse"], apply(inverse["G_inverse"], V).mT).mT', 'return apply(inverse["G_inverse"], apply(inverse["A_inverse"], V).mT).mT', "test_linear_step.py"),
     "dampings exchanged": Bug("damping.py", "return lambda A, G, unit, determined: Damping(a, g)", "return lambda A, G, unit, determined: Damping(g, a)", "test_linear_step.py test_damping.py"),
     "pi upside down": Bug("damping.py", "squared = mean_diagonal(A) / mean_diagonal(G)", "squared = mean_diagonal(G) / mean_diagonal(A)", "test_damping.py"),
     "only the last call of a module": Bug("capture.py", "        self._calls.append(call)", "        self._calls = [c for c in self._calls if c.layer is not layer] + [call]", f"{LINEAR} {KINDS}"),

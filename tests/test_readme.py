@@ -1,4 +1,4 @@
-"""The README's Python snippets run as they stand."""
+"""The Python snippets of the README and of the documentation run as they stand."""
 
 import pathlib
 import re
@@ -7,17 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = pathlib.Path(__file__).parents[1]
+SNIPPETS = {
+    f"{path.name} {number}": snippet
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
+}
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) >= 2
+    assert len(SNIPPETS) >= 5
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippet_runs(snippet: str) -> None:
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippet_runs(name: str) -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
-    exec(snippet, names)
+    exec(SNIPPETS[name], names)
     assert all(parameter.isfinite().all() for parameter in names["model"].parameters())
