@@ -34,7 +34,7 @@ def test_average_is_the_weighted_mean_at_any_age(decays: list[float]) -> None:
     state: dict[str, Tensor] = {}
     weights: list[float] = []
     for (A, G), decay in zip(news, decays, strict=True):
-        update_average(state, A.clone(), G.clone(), decay)
+        update_average(state, {"A": A.clone(), "G": G.clone()}, decay)
         weights = [weight * decay for weight in weights] + [1.0]
         for key, i in (("A", 0), ("G", 1)):
             mean = sum(w * new[i] for w, new in zip(weights, news, strict=False)) / sum(weights)
@@ -47,16 +47,16 @@ def test_no_decay_keeps_the_latest_alone() -> None:
     state: dict[str, Tensor] = {}
     for seed in range(3):
         A, G = random(3, 3, seed=seed) * 10.0**seed, random(2, 2, seed=seed)
-        update_average(state, A.clone(), G.clone(), 0.0)
+        update_average(state, {"A": A.clone(), "G": G.clone()}, 0.0)
         assert torch.equal(state["A"], A)
         assert torch.equal(state["G"], G)
 
 
 def test_average_keeps_its_dtype_and_leaves_what_it_was_given_alone() -> None:
     state: dict[str, Tensor] = {}
-    update_average(state, random(2, 2).float(), random(2, 2).float(), 0.9)
+    update_average(state, {"A": random(2, 2).float(), "G": random(2, 2).float()}, 0.9)
     A, G = random(2, 2, seed=1), random(2, 2, seed=2)
-    update_average(state, A, G, 0.9)
+    update_average(state, {"A": A, "G": G}, 0.9)
     assert state["A"].dtype == state["G"].dtype == torch.float32
     assert torch.equal(A, random(2, 2, seed=1))
 

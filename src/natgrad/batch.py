@@ -4,6 +4,7 @@
 make A and G in units of the loss.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -120,6 +121,7 @@ class Batch:
         terms: What the loss's reduction divides by, summed over the forwards.
         positions: Number of data and positions that have an output, summed over the forwards.
         latest: The latest forward.
+        spectra: Per layer name with a basis, the sum over data of the squared gradients in it.
     """
 
     loss: Loss
@@ -130,6 +132,12 @@ class Batch:
     terms: float = 0.0
     positions: int = 0
     latest: Forward | None = None
+    spectra: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All sums, for a look at whether they are finite."""
+        yield from (tensor for statistics in self.statistics.values() for tensor in statistics.tensors())
+        yield from self.spectra.values()
 
     def rows(self, name: str) -> int:
         """Number of rows in A of the layer called ``name``."""
@@ -159,6 +167,18 @@ class Batch:
                 one = (G, A) if swapped else (A, G)
                 joined = one if joined is None else join(joined, one)
         return joined
+
+    def add_squares(self, layer: Layer, total: Tensor, part: slice, weight: float) -> None:
+        """Add the squared gradients of one use of the blocks ``part`` of a layer, counted ``weight`` times."""
+        if layer.name not in self.spectra:
+            shape = total.shape if layer.blocks is None else (layer.blocks, *total.shape[-2:])
+            self.spectra[layer.name] = total.new_zeros(shape)
+        self.spectra[layer.name][part] += total * weight
+
+    def spectrum(self, layer: Layer) -> Tensor | None:
+        """Second moments of the data's gradients in the layer's basis, in units of the loss; None if none came."""
+        sums = self.spectra.get(layer.name)
+        return None if sums is None else sums * self.scale()
 
     def _without_gradient(self, layer: Layer, swapped: bool) -> Tensor:
         """G of a layer to which no gradient came: the identity by definition for ``"forward"``, else zero."""

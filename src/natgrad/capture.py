@@ -11,7 +11,7 @@ arrive during the user's ``backward()``.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -21,12 +21,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from natgrad.batch import Batch, Call, Fisher, Forward
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
-from natgrad.layers import Layer, Sharing, at_least_float32
+from natgrad.layers import Bases, Layer, Sharing, at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
-
-Observer = Callable[[list[tuple["Call", Tensor]], float], None]
-"""Is told of each backpropagated vector: the calls, the gradients at their outputs, and the weight of the vector."""
 
 # With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time and change little.
 MIN_ROWS = 2048
@@ -46,7 +43,8 @@ def check_fisher(fisher: str, likelihood: Likelihood | None) -> None:
 class Capture:
     """Hooks on ``model`` that fill a :class:`Batch`.
 
-    While ``enabled`` is False the forwards are counted, and no statistics are gathered.
+    While ``enabled`` is False the forwards are counted, and no statistics are gathered. Where ``bases`` knows a basis
+    for a layer, the squares of the data's gradients in it are gathered as well.
 
     Args:
         model: The root module; its forward must be what the user calls.
@@ -77,7 +75,7 @@ class Capture:
         self.batch_fraction, self.sharing, self.output, self.seed = batch_fraction, sharing, output, seed
         self.enabled = True
         self.step = 0
-        self.observer: Observer | None = None
+        self.bases: Callable[[Layer], Bases | None] | None = None
         self.batch = Batch(loss, fisher)
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
         self._waiting: Forward | None = None  # for the loss module to be called
@@ -215,11 +213,15 @@ class Capture:
         self.batch.latest = forward
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
-        """Calls whose rows are one row's positions: with ``"reduce"`` those of one layer, else each by itself."""
+        """Calls whose rows are one row's positions: with ``"reduce"`` those of one layer, else each by itself.
+
+        Where a datum's gradient is wanted, which is the sum over calls, they stay together too.
+        """
         together: dict[Any, list[Call]] = {}
         for number, call in enumerate(calls):
-            reduced = self.sharing[call.owner.name] == "reduce"
-            key = (call.owner.name, call.owner.swaps(call.layer), str(call.blocks), len(call.x)) if reduced else number
+            joined = self.bases is not None or self.sharing[call.owner.name] == "reduce"
+            same = (call.owner.name, call.owner.swaps(call.layer), str(call.blocks), str(call.data), len(call.x))
+            key = same if joined else number
             call.use = together.setdefault(key, [])
             call.use.append(call)
         return list(together.values())
@@ -230,7 +232,6 @@ class Capture:
             grads = torch.autograd.grad(
                 forward.output, edges, vector.to(forward.output.dtype), retain_graph=True, allow_unused=True
             )
-            self._notify(zip((call for use in forward.uses for call in use), grads, strict=True), weight)
             each = iter(grads)
             for use in forward.uses:
                 self._add_gradients(use, [next(each) for _ in use], weight)
@@ -259,14 +260,9 @@ class Capture:
         grads = [call.g for call in use]
         if any(g is not None for g in grads):
             with torch.no_grad(), torch.autocast(use[0].x.device.type, enabled=False):
-                self._notify(zip(use, grads, strict=True), 1.0)
                 self._add_gradients(use, grads, 1.0)
             for call in use:
                 call.g = None
-
-    def _notify(self, pairs: Iterable[tuple[Call, Tensor | None]], weight: float) -> None:
-        if self.observer is not None:
-            self.observer([(call, call.chosen(g)) for call, g in pairs if g is not None], weight)
 
     def _add_gradients(self, use: list[Call], grads: list[Tensor | None], weight: float) -> None:
         pairs = [(call, call.chosen(g)) for call, g in zip(use, grads, strict=True) if g is not None]
@@ -275,6 +271,16 @@ class Capture:
             first = use[0]
             total = first.layer.gradient_moment(rows, self.sharing[first.owner.name])
             self._statistics(first).add_gradients(total, first.blocks, weight * first.upscale)
+            self._add_squares([call for call, _ in pairs], rows, weight * first.upscale)
+
+    def _add_squares(self, calls: list[Call], g: Tensor, weight: float) -> None:
+        first = calls[0]
+        bases = self.bases(first.owner) if self.bases is not None and first.owner.per_datum else None
+        if bases is not None:
+            x = torch.cat([call.layer.inputs(call.x) for call in calls], dim=-2)
+            Q_A, Q_G = (Q if first.layer.blocks is None else Q[first.blocks] for Q in bases)
+            total = first.layer.squared_gradients(x, g, (Q_A, Q_G))
+            self.batch.add_squares(first.owner, total, first.blocks, weight)
 
     def _statistics(self, call: Call) -> Statistics:
         key = (call.owner.name, call.owner.swaps(call.layer))

@@ -11,23 +11,20 @@ Both forms have the same methods. The B blocks of a grouped layer are independen
 Sources: Martens and Grosse (2015), arXiv:1503.05671; George et al. (2018), arXiv:1806.03884 (EKFAC).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.batch import Batch, Call, Fisher
+from natgrad.batch import Batch, Fisher
 from natgrad.capture import Capture, check_fisher
 from natgrad.factors import resolve_sharing
-from natgrad.inverses import apply, eigh
-from natgrad.layers import Layer, Sharing, at_least_float32, partition
+from natgrad.inverses import apply, eigh, reciprocal, scale_in_basis
+from natgrad.layers import Bases, Layer, Sharing, partition
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
-
-# Per-datum gradients are built for so many entries at a time.
-CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Block:
     layer: Layer
     A: Tensor
     G: Tensor
-    bases: tuple[Tensor, Tensor]
+    bases: Bases
     spectrum: Tensor
     ekfac: bool = False
 
@@ -65,15 +62,12 @@ class Block:
     def matvec(self, V: Tensor) -> Tensor:
         """The block times V, both ([B,] out, in [+ 1])."""
         if self.ekfac:
-            return self._in_basis(V, lambda rotated: rotated * self.spectrum)
+            return scale_in_basis(self.bases, V, self.spectrum)
         return apply(self.A, apply(self.G, V).mT).mT
 
     def solve(self, V: Tensor, damping: float = 0.0) -> Tensor:
         """The inverse of the block plus ``damping`` I, times V; undamped null directions are left out."""
-        shifted = self.spectrum + damping
-        floor = torch.finfo(shifted.dtype).eps * shifted.max()
-        scale = torch.where(shifted > floor, shifted, torch.inf).reciprocal()
-        return self._in_basis(V, lambda rotated: rotated * scale)
+        return scale_in_basis(self.bases, V, reciprocal(self.spectrum + damping))
 
     def trace(self) -> Tensor:
         """Sum of the eigenvalues."""
@@ -92,15 +86,6 @@ class Block:
     def corrected(self, spectrum: Tensor) -> "Block":
         """The same basis with EKFAC's eigenvalues."""
         return Block(self.layer, self.A, self.G, self.bases, spectrum, ekfac=True)
-
-    def rotate(self, V: Tensor) -> Tensor:
-        """Q_Gᵀ V Q_A."""
-        Q_A, Q_G = self.bases
-        return apply(_transposed(Q_A), apply(_transposed(Q_G), V).mT).mT
-
-    def _in_basis(self, V: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
-        Q_A, Q_G = self.bases
-        return apply(Q_A, apply(Q_G, scale(self.rotate(V))).mT).mT
 
 
 def curvature(
@@ -163,70 +148,20 @@ def curvature(
     batches = [(x, y)] if y is not None or isinstance(x, Tensor) else x
     try:
         batch = _pass(capture, model, progress(batches))
-        scale = batch.scale()
         blocks: dict[str, Block] = {}
         for layer in parts.layers:
             factors = batch.factors(layer)
             if factors is not None:
                 blocks[layer.name] = Block.of(layer, *factors)
         if ekfac:
-            correction = Correction(blocks)
-            capture.step, capture.observer = 0, correction.add  # the same draws again
-            _pass(capture, model, progress(batches))
-            blocks = correction.blocks(scale)
+            known = blocks
+            capture.step, capture.bases = 0, lambda layer: known[layer.name].bases  # the same draws again
+            batch = _pass(capture, model, progress(batches))
+            spectra = {name: batch.spectrum(block.layer) for name, block in blocks.items()}
+            blocks = {n: b if (s := spectra[n]) is None else b.corrected(s) for n, b in blocks.items()}
     finally:
         capture.close()
     return blocks
-
-
-class Correction:
-    """Second moments of the data's gradients in the blocks' bases.
-
-    Layers whose A is a diagonal, and tied layers, keep the eigenvalues of K-FAC.
-    """
-
-    def __init__(self, blocks: Mapping[str, Block]) -> None:
-        self.kfac = blocks
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, pairs: list[tuple[Call, Tensor]], weight: float) -> None:
-        """Add what one backpropagated vector gave: calls of layers, and the gradients at their outputs."""
-        by_layer: dict[str, list[tuple[Call, Tensor]]] = {}
-        for call, g in pairs:
-            if not call.owner.swaps(call.layer) and not call.layer.diagonal[1] and call.owner.name in self.kfac:
-                by_layer.setdefault(call.owner.name, []).append((call, g))
-        for name, calls in by_layer.items():
-            block = self.kfac[name]
-            sums = self.sums.setdefault(name, torch.zeros_like(block.spectrum))
-            for part in {str(call.blocks): call.blocks for call, _ in calls}.values():
-                own = [(call, g) for call, g in calls if call.blocks == part]
-                sums[part] += weight * self._second_moment(block, own, part)
-
-    def _second_moment(self, block: Block, calls: list[tuple[Call, Tensor]], part: slice) -> Tensor:
-        """Σ_n (Q_Gᵀ V_n Q_A)², with V_n the sum over positions and calls of g xᵀ."""
-        layer = calls[0][0].layer
-        x = at_least_float32(torch.cat([layer.inputs(call.x) for call, _ in calls], dim=-2))
-        g = at_least_float32(torch.cat([layer.gradients(g, call.x) for call, g in calls], dim=-2))
-        if layer.has_bias:
-            x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
-        Q_A, Q_G = (Q if layer.blocks is None else Q[part] for Q in block.bases)
-        # Leading dimension of blocks, if there is one, then data, positions, entries.
-        x, g = _rotate_rows(x, Q_A), _rotate_rows(g, Q_G)
-        n = x.shape[-3]
-        chunk = max(1, CHUNK // (x.shape[-1] * g.shape[-1] * (layer.blocks or 1)))
-        total = x.new_zeros(())
-        for start in range(0, n, chunk):
-            some = slice(start, start + chunk)
-            V = torch.einsum("...nso,...nsi->...noi", g[..., some, :, :], x[..., some, :, :])
-            total = total + V.square().sum(-3)
-        return total
-
-    def blocks(self, scale: float) -> dict[str, Block]:
-        """The corrected blocks; ``scale`` is R, or 1/R for the empirical Fisher."""
-        return {
-            name: block.corrected(self.sums[name] * scale) if name in self.sums else block
-            for name, block in self.kfac.items()
-        }
 
 
 def _pass(capture: Capture, model: nn.Module, batches: Iterable[Any]) -> Batch:
@@ -241,12 +176,3 @@ def _pass(capture: Capture, model: nn.Module, batches: Iterable[Any]) -> Batch:
                 torch.autograd.grad(value, parameters, allow_unused=True)  # the hooks fire, `.grad` stays as it is
         capture.step += 1
     return capture.take()
-
-
-def _transposed(Q: Tensor) -> Tensor:
-    return Q if Q.shape[-1] == 1 else Q.mT
-
-
-def _rotate_rows(rows: Tensor, Q: Tensor) -> Tensor:
-    """Rows ([B,] N, S, d) times Q, ([B,] d, d), or the identity if Q is a column."""
-    return rows if Q.shape[-1] == 1 else rows @ Q.unsqueeze(-3)

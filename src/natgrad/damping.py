@@ -94,7 +94,7 @@ def resolve(damping: float | tuple[float, float] | str, inverse: str) -> Damping
         )
     if len(numbers) == 2:
         return per_factor(*map(float, numbers))
-    return exact(float(numbers[0])) if inverse == "eigen" else pi_split(float(numbers[0]))
+    return pi_split(float(numbers[0])) if inverse == "cholesky" else exact(float(numbers[0]))
 
 
 def mean_diagonal(factor: Tensor) -> Tensor:

@@ -127,12 +127,12 @@ def determines(rows: int, dimension: int) -> bool:
     return rows >= ROWS_PER_DIMENSION * dimension
 
 
-def update_average(state: dict[str, Tensor], A: Tensor, G: Tensor, decay: float) -> None:
-    """Fold new factors into ``state["A"]`` and ``state["G"]``, debiased by ``state["age"]``, the total weight w."""
-    if "A" not in state:
-        state.update(A=A, G=G, age=torch.ones((), dtype=torch.float32))
+def update_average(state: dict[str, Tensor], new: Mapping[str, Tensor], decay: float, age: str = "age") -> None:
+    """Fold ``new`` tensors into those of the same names, debiased by ``state[age]``, their total weight w."""
+    if age not in state:
+        state.update({**new, age: torch.ones((), dtype=torch.float32)})
         return
-    state["age"].mul_(decay).add_(1.0)
-    share = 1.0 / state["age"].item()
-    state["A"].lerp_(A.to(state["A"].dtype), share)
-    state["G"].lerp_(G.to(state["G"].dtype), share)
+    state[age].mul_(decay).add_(1.0)
+    share = 1.0 / state[age].item()
+    for name, tensor in new.items():
+        state[name].lerp_(tensor.to(state[name].dtype), share)

@@ -4,6 +4,7 @@ With V the gradient as a matrix of shape (out, in [+ 1]), the block kron(G, A) a
 
     cholesky   V ↦ (G + λ_G I)⁻¹ V (A + λ_A I)⁻¹
     eigen      V ↦ Q_G [ (Q_Gᵀ V Q_A) / ((λ_G + g)(λ_A + a)ᵀ + δ) ] Q_Aᵀ     with G = Q_G diag(g) Q_Gᵀ, A likewise
+    ekfac      the same, with g aᵀ in the expanded product replaced by second moments s of the data's gradients
 
 Factored once, applied at every step until the factors have moved. What is stored are plain tensors, so that any
 checkpoint can hold them. Blocks side by side have a leading dimension, and a diagonal factor is a column, (d, 1), as is
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from natgrad.damping import Damping
+from natgrad.layers import Bases
 
 # A failed Cholesky factorization is retried with this much of the mean diagonal added, then ten times as much, ….
 FIRST_JITTER, LAST_JITTER = 1e-8, 1e2
@@ -54,27 +56,66 @@ class CholeskyInverse(Inverse):
 class EigenInverse(Inverse):
     """Eigendecompositions of both factors, which make damping of the product exact."""
 
-    names = ("A_basis", "G_basis", "scale")
+    names = ("scale", "A_basis", "G_basis")
 
     def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
         """Bases and damped eigenvalues; the eigenvalues of a factor are cut at zero first."""
         a, Q_A = eigh(A)
         g, Q_G = eigh(G)
         denominator = (g.clamp(min=0) + damping.g).unsqueeze(-1) * (a.clamp(min=0) + damping.a).unsqueeze(-2)
-        denominator = denominator + damping.product
-        # A direction that neither curvature nor damping holds, to rounding, is left out, as a pseudo-inverse does.
-        floor = torch.finfo(denominator.dtype).eps * denominator.amax((-2, -1), keepdim=True)
-        scale = torch.where(denominator > floor, denominator, torch.inf).reciprocal()
-        return {"A_basis": Q_A, "G_basis": Q_G, "scale": scale}
+        return {"scale": reciprocal(denominator + damping.product), "A_basis": Q_A, "G_basis": Q_G}
 
     def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
         """To the eigenbasis, divide, and back."""
-        Q_A, Q_G = inverse["A_basis"], inverse["G_basis"]
-        rotated = apply(Q_A.mT if Q_A.shape[-1] > 1 else Q_A, apply(Q_G.mT if Q_G.shape[-1] > 1 else Q_G, V).mT).mT
-        return apply(Q_A, apply(Q_G, rotated * inverse["scale"]).mT).mT
+        return scale_in_basis((inverse["A_basis"], inverse["G_basis"]), V, inverse["scale"])
 
 
-INVERSES: dict[str, Inverse] = {"cholesky": CholeskyInverse(), "eigen": EigenInverse()}
+class EkfacInverse(Inverse):
+    """The same bases, with eigenvalues s that do not stay what they were when the factors were decomposed.
+
+    They start as those of the Kronecker product, g_i a_j, and the caller moves ``spectrum`` on, with ``spectrum_age``
+    for its running average. Damping is kept apart from them: λ_G a_j + g_i λ_A + λ_G λ_A + δ, which is that of the
+    product where s_ij = g_i a_j, and δ alone where λ_A = λ_G = 0.
+    """
+
+    names = ("spectrum", "spectrum_age", "shift", "A_basis", "G_basis")
+
+    def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
+        """Bases, eigenvalues and what is added to them."""
+        a, Q_A = eigh(A)
+        g, Q_G = eigh(G)
+        a, g = a.clamp(min=0).unsqueeze(-2), g.clamp(min=0).unsqueeze(-1)
+        shift = damping.g * a + g * damping.a + damping.g * damping.a + damping.product
+        age = torch.ones((), dtype=A.dtype)
+        return {"spectrum": g * a, "spectrum_age": age, "shift": shift, "A_basis": Q_A, "G_basis": Q_G}
+
+    def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
+        """To the eigenbasis, divide, and back."""
+        scale = reciprocal(inverse["spectrum"] + inverse["shift"])
+        return scale_in_basis((inverse["A_basis"], inverse["G_basis"]), V, scale)
+
+
+INVERSES: dict[str, Inverse] = {"cholesky": CholeskyInverse(), "eigen": EigenInverse(), "ekfac": EkfacInverse()}
+
+
+def reciprocal(denominator: Tensor) -> Tensor:
+    """1 / denominator, ([B,] out, in [+ 1]).
+
+    A direction that neither curvature nor damping holds, to rounding, is left out, as a pseudo-inverse does.
+    """
+    floor = torch.finfo(denominator.dtype).eps * denominator.amax((-2, -1), keepdim=True)
+    return torch.where(denominator > floor, denominator, torch.inf).reciprocal()
+
+
+def scale_in_basis(bases: Bases, V: Tensor, scale: Tensor) -> Tensor:
+    """Q_G [(Q_Gᵀ V Q_A) · scale] Q_Aᵀ."""
+    Q_A, Q_G = bases
+    rotated = apply(_transposed(Q_A), apply(_transposed(Q_G), V).mT).mT
+    return apply(Q_A, apply(Q_G, rotated * scale).mT).mT
+
+
+def _transposed(Q: Tensor) -> Tensor:
+    return Q if Q.shape[-1] == 1 else Q.mT
 
 
 def apply(F: Tensor, V: Tensor) -> Tensor:

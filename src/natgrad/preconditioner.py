@@ -20,7 +20,7 @@ from natgrad.batch import Batch, Fisher
 from natgrad.capture import Capture, check_fisher
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
-from natgrad.layers import Layer, Sharing, partition
+from natgrad.layers import Bases, Layer, Sharing, partition
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
 
@@ -137,6 +137,8 @@ class Preconditioner:
             output=output,
             seed=seed,
         )
+        if inverse == "ekfac":
+            self.capture.bases = self._bases
 
     @property
     def steps(self) -> int:
@@ -177,7 +179,7 @@ class Preconditioner:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not gradients:
             raise RuntimeError("`step()` found no gradient: call `loss.backward()` before it.")
-        if not all_finite([*gradients, *(t for s in batch.statistics.values() for t in s.tensors())]):
+        if not all_finite([*gradients, *batch.tensors()]):
             self.skipped_steps += 1
             _logger.warning("step %d skipped: a gradient or a statistic is not finite", self.steps)
             return False
@@ -264,6 +266,10 @@ class Preconditioner:
     def _state(self, layer: Layer) -> dict[str, Any]:
         return self.state[layer.parameters[0]]
 
+    def _bases(self, layer: Layer) -> Bases | None:
+        state = self._state(layer)
+        return (state["A_basis"], state["G_basis"]) if "spectrum" in state else None
+
     def _check_seen(self, batch: Batch) -> None:
         """A gradient without factors means that the hooks missed the layer, if they watched and it is not zero."""
         if self.steps and not batch.statistics:
@@ -290,7 +296,10 @@ class Preconditioner:
         decay = self.factor_decay
         if decay == "auto":
             decay = 0.0 if determined else LONG_DECAY
-        update_average(state, *factors, decay)
+        update_average(state, {"A": factors[0], "G": factors[1]}, decay)
+        spectrum = batch.spectrum(layer)
+        if spectrum is not None:
+            update_average(state, {"spectrum": spectrum}, decay, "spectrum_age")
         state["unit"] = torch.tensor(batch.unit())
         state["determined"] = torch.tensor(determined)
 

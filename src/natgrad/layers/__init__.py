@@ -8,8 +8,10 @@ from natgrad.layers import attention, convolution, embedding, linear, normalizat
 from natgrad.layers.base import Layer, Recorder, WeightLayer, register, registered
 from natgrad.layers.moments import Moment, Sharing, at_least_float32
 from natgrad.layers.partition import Partition, partition
+from natgrad.layers.spectrum import Bases
 
 __all__ = [
+    "Bases",
     "Layer",
     "Moment",
     "Partition",

@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from natgrad.layers.moments import Moment, Sharing, moment
+from natgrad.layers.spectrum import Bases, squared_gradients
 
 # A factor of more dimensions than this is kept as a diagonal: a dense one of 8,192 takes 256 MB and a second to invert.
 MAX_DENSE = 8192
@@ -59,6 +60,7 @@ class Layer(ABC):
         blocks: B, or None without that dimension.
         wrapper: The layer that this one's rows count for, if it is another one.
         data_dim: Of the data in a reported output; in what is remembered of an input they are first.
+        per_datum: Whether rows of x and of the output's gradient make up the gradient of each datum.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Layer(ABC):
     blocks: int | None = None
     wrapper: "Layer | None" = None
     data_dim = 0
+    per_datum = True
 
     @classmethod
     def split(cls, name: str, module: nn.Module) -> "Sequence[Layer]":
@@ -142,6 +145,10 @@ class Layer(ABC):
     def gradient_moment(self, rows: Tensor, sharing: Sharing) -> Tensor:
         """What rows made by ``gradients`` add to G."""
         return moment(rows, False, sharing, self.diagonal[0]).total
+
+    def squared_gradients(self, x: Tensor, g: Tensor, bases: Bases) -> Tensor:
+        """Second moments of the data's gradients in a basis, ([B,] out, in [+ 1]), of rows that belong together."""
+        return squared_gradients(x, g, self.has_bias, bases)
 
 
 class WeightLayer(Layer):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layers.base import WeightLayer, register
-from natgrad.layers.moments import Moment, Sharing
+from natgrad.layers.moments import Moment, Sharing, at_least_float32
+from natgrad.layers.spectrum import Bases, rotate_rows
 
 
 @register(nn.Embedding)
@@ -56,6 +57,15 @@ class EmbeddingLayer(WeightLayer):
         kept = tokens[counted]
         total = torch.bincount(kept, minlength=size).to(dtype)
         return Moment(total.unsqueeze(-1), float(kept.numel()), kept.numel())
+
+    def squared_gradients(self, x: Tensor, g: Tensor, bases: Bases) -> Tensor:
+        """The basis of A is the identity: a column is the sum over data of squared sums over a token's positions."""
+        g = rotate_rows(at_least_float32(g), bases[1]).flatten(0, 1)  # zero where the token is padding
+        size = self.module.num_embeddings
+        keys = x.squeeze(-1) + size * torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+        distinct, place = keys.flatten().unique(return_inverse=True)
+        by_datum = g.new_zeros(len(distinct), g.shape[-1]).index_add_(0, place, g)
+        return g.new_zeros(size, g.shape[-1]).index_add_(0, distinct % size, by_datum.square()).mT
 
     def to_matrix(self, gradients: Sequence[Tensor]) -> Tensor:
         """(dim, tokens)."""

@@ -29,6 +29,7 @@ class TiedLayer(WrappedLayer):
         self.uses = list(uses)
         for use in uses:
             use.wrapper = self
+        self.per_datum = not any(map(self.swaps, uses))
 
     def watch(self, recorder: Recorder) -> list[RemovableHandle]:
         """Watch every use."""
