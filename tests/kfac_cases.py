@@ -12,7 +12,9 @@ import natgrad
 NUMERIC: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
 AUTO: dict[str, Any] = {"lr": "auto", "momentum": "auto"}
 every_mode = pytest.mark.parametrize(
-    "mode", [NUMERIC, AUTO, {"lr": 0.1, "momentum": "auto"}, {"lr": "auto", "momentum": 0.5}], ids=str
+    "mode",
+    [NUMERIC, AUTO, {**AUTO, "inverse": "ekfac"}, {"lr": 0.1, "momentum": "auto"}, {"lr": "auto", "momentum": 0.5}],
+    ids=str,
 )
 
 

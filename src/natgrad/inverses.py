@@ -73,9 +73,12 @@ class EigenInverse(Inverse):
 class EkfacInverse(Inverse):
     """The same bases, with eigenvalues s that do not stay what they were when the factors were decomposed.
 
-    They start as those of the Kronecker product, g_i a_j, and the caller moves ``spectrum`` on, with ``spectrum_age``
-    for its running average. Damping is kept apart from them: λ_G a_j + g_i λ_A + λ_G λ_A + δ, which is that of the
-    product where s_ij = g_i a_j, and δ alone where λ_A = λ_G = 0.
+    They start as those of the Kronecker product, g_i a_j, counted as one batch, and the caller moves ``spectrum`` on,
+    with ``spectrum_age`` for its running average. Damping is kept apart from them: λ_G a_j + g_i λ_A + λ_G λ_A + δ,
+    which is that of the product where s_ij = g_i a_j, and δ alone where λ_A = λ_G = 0.
+
+    In a new basis the moments start anew. The old ones are of another basis, and taken over, as the diagonal of Q diag(s)
+    Qᵀ in the new one, they would spread the large eigenvalues over the small ones: in ``docs/decisions.md`` that loses.
     """
 
     names = ("spectrum", "spectrum_age", "shift", "A_basis", "G_basis")

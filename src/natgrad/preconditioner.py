@@ -51,14 +51,17 @@ class Preconditioner:
             first ``torch.compile``d call.
         loss: ``"mse"``, ``"cross_entropy"``, ``"bce_with_logits"``, a torch loss module, or a
             :class:`~natgrad.likelihoods.Likelihood`.
-        damping: A number (added to the block: exactly with ``inverse="eigen"``, split between the factors otherwise), a
-            pair (added to A, added to G), or ``"auto"``.
+        damping: A number (added to the block: split between the factors with ``inverse="cholesky"``, exactly otherwise),
+            a pair (added to A, added to G), or ``"auto"``.
         kl_clip: Upper bound on gᵀΔ, the squared length of the preconditioned gradient Δ in the curvature's norm; twice
             the KL divergence of a step at rate 1. A longer Δ is scaled down.
         fisher: ``"mc"``: the true Fisher by sampling; ``"exact"``: the same by one backward pass per output entry;
             ``"empirical"``: from the gradients of the data's own targets; ``"forward"``: G = I.
         mc_samples: Samples drawn per forward for ``"mc"``.
-        inverse: ``"cholesky"`` or ``"eigen"``.
+        inverse: ``"cholesky"``; ``"eigen"``, the same by eigendecompositions; or ``"ekfac"``: between updates of the
+            inverses their eigenvalues are second moments of the data's gradients, which follow every batch. A datum is
+            an entry of the first dimension that the layer sees. An embedding that shares its weight with a linear layer
+            keeps the eigenvalues of ``"eigen"``, as does a layer without gradients.
         factor_decay: Weight ρ of the running average of the factors; 0 uses the current batch alone, as ``"auto"`` does
             for a layer to which the batch gives two rows for each dimension; with fewer it means 0.95.
         curvature_period: Steps between updates of the factors.
@@ -82,7 +85,8 @@ class Preconditioner:
         True
         >>> optimizer.step()
 
-    Sources: Martens and Grosse (2015), arXiv:1503.05671; Grosse and Martens (2016), arXiv:1602.01407.
+    Sources: Martens and Grosse (2015), arXiv:1503.05671; Grosse and Martens (2016), arXiv:1602.01407; George et al.
+    (2018), arXiv:1806.03884, for ``"ekfac"``.
     """
 
     def __init__(
@@ -107,6 +111,10 @@ class Preconditioner:
         check_fisher(fisher, self.loss.likelihood)
         if inverse not in INVERSES:
             raise ValueError(f"`inverse` must be one of {tuple(INVERSES)}, not {inverse!r}.")
+        if inverse == "ekfac" and fisher == "forward":
+            raise ValueError(
+                '`inverse="ekfac"` needs gradients, and `fisher="forward"` has none: use another of the two.'
+            )
         check_positive(mc_samples=mc_samples, curvature_period=curvature_period, inverse_period=inverse_period)
         if factor_decay != "auto" and not (is_number(factor_decay) and 0 <= factor_decay < 1):
             raise ValueError(f'`factor_decay` must be in [0, 1) or "auto", not {factor_decay!r}.')
