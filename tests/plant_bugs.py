@@ -24,6 +24,7 @@ class Bug:
 
 
 LINEAR, KINDS, LOSSES = "test_linear_exactness.py", "test_layers_exactness.py", "test_losses.py"
+EKFAC = "test_ekfac.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / R if self.fisher == \"empirical\" else R", "return (1.0 / R if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
     "loss reduced by mean treated as a sum": Bug("likelihoods.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
@@ -58,7 +59,17 @@ BUGS = {
     "hidden state one step late": Bug("layers/recurrent.py", "state = step(module, z[:, t], hidden.apply(state[0], self.recorder), state)", "state = step(module, z[:, t - 1], hidden.apply(state[0], self.recorder), state)", "test_layers_recurrent.py test_layers_rows.py"),
     "weight norm without the length of v": Bug("layers/weight_norm.py", "ratio * gradients[1]", "gradients[1]", "test_layers_rows.py"),
     "quadratic model without the batch's scale": Bug("quadratic.py", "return self.likelihood.scale(self.total_terms) * self.total_terms / own", "return self.likelihood.scale(self.total_terms)", "test_quadratic.py"),
-    "EKFAC's eigenvalues those of K-FAC": Bug("curvature.py", "block.corrected(self.sums[name] * scale) if name in self.sums else block", "block", "test_curvature.py"),
+    "EKFAC's eigenvalues those of K-FAC": Bug("curvature.py", "b if (s := spectra[n]) is None else b.corrected(s)", "b", "test_curvature.py"),
+    "positions squared one by one": Bug("layers/spectrum.py", "(some_g.mT @ some_x).square().sum(-3)", "(some_g.square().mT @ some_x.square()).sum(-3)", EKFAC),
+    "calls squared one by one": Bug("capture.py", "joined = self.bases is not None or", "joined =", EKFAC),
+    "tokens of all data together": Bug("layers/embedding.py", "keys = x.squeeze(-1) + size * ", "keys = x.squeeze(-1) + 0 * ", EKFAC),
+    "squares not in units of the loss": Bug("batch.py", "None if sums is None else sums * self.scale()", "sums", EKFAC),
+    "squares of the last micro-batch": Bug("batch.py", "self.spectra[layer.name][part] += total", "self.spectra[layer.name][part] = total", EKFAC),
+    "squares of a fraction for those of all": Bug("capture.py", "rows, weight * first.upscale)", "rows, weight)", EKFAC),
+    "rows rotated by the transposed basis": Bug("layers/spectrum.py", "rows @ Q.unsqueeze(-3)", "rows @ Q.mT.unsqueeze(-3)", EKFAC),
+    "squares of a new basis averaged with nothing": Bug("inverses.py", "age = torch.ones((), dtype=A.dtype)", "age = torch.zeros((), dtype=A.dtype)", EKFAC),
+    "EKFAC damped by the product alone": Bug("inverses.py", "shift = damping.g * a + g * damping.a + ", "shift = ", "test_inverses.py"),
+    "tied table corrected by the head alone": Bug("layers/tied.py", "self.per_datum = not any(map(self.swaps, uses))", "self.per_datum = True", EKFAC),
 }  # fmt: skip
 
 

@@ -51,8 +51,8 @@ class Preconditioner:
             first ``torch.compile``d call.
         loss: ``"mse"``, ``"cross_entropy"``, ``"bce_with_logits"``, a torch loss module, or a
             :class:`~natgrad.likelihoods.Likelihood`.
-        damping: A number (added to the block: split between the factors with ``inverse="cholesky"``, exactly otherwise),
-            a pair (added to A, added to G), or ``"auto"``.
+        damping: A number (added to the block: split between the factors with ``inverse="cholesky"``, otherwise
+            exactly), a pair (added to A, added to G), or ``"auto"``.
         kl_clip: Upper bound on gᵀΔ, the squared length of the preconditioned gradient Δ in the curvature's norm; twice
             the KL divergence of a step at rate 1. A longer Δ is scaled down.
         fisher: ``"mc"``: the true Fisher by sampling; ``"exact"``: the same by one backward pass per output entry;
