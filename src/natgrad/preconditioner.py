@@ -59,9 +59,9 @@ class Preconditioner:
             ``"empirical"``: from the gradients of the data's own targets; ``"forward"``: G = I.
         mc_samples: Samples drawn per forward for ``"mc"``.
         inverse: ``"cholesky"``; ``"eigen"``, the same by eigendecompositions; or ``"ekfac"``: between updates of the
-            inverses their eigenvalues are second moments of the data's gradients, which follow every batch. A datum is
-            an entry of the first dimension that the layer sees. An embedding that shares its weight with a linear layer
-            keeps the eigenvalues of ``"eigen"``, as does a layer without gradients.
+            inverses their eigenvalues are second moments of the data's gradients, which follow every batch; with
+            ``inverse_period=1`` it is ``"eigen"``. A datum is an entry of the first dimension that the layer sees. An
+            embedding that shares its weight with a linear layer keeps the eigenvalues of ``"eigen"``.
         factor_decay: Weight ρ of the running average of the factors; 0 uses the current batch alone, as ``"auto"`` does
             for a layer to which the batch gives two rows for each dimension; with fewer it means 0.95.
         curvature_period: Steps between updates of the factors.
@@ -275,8 +275,13 @@ class Preconditioner:
         return self.state[layer.parameters[0]]
 
     def _bases(self, layer: Layer) -> Bases | None:
+        """Where second moments are wanted; not just before new bases, in which they would start anew."""
         state = self._state(layer)
-        return (state["A_basis"], state["G_basis"]) if "spectrum" in state else None
+        return None if self._due or "spectrum" not in state else (state["A_basis"], state["G_basis"])
+
+    @property
+    def _due(self) -> bool:
+        return self.steps % self.inverse_period == 0
 
     def _check_seen(self, batch: Batch) -> None:
         """A gradient without factors means that the hooks missed the layer, if they watched and it is not zero."""
@@ -312,11 +317,10 @@ class Preconditioner:
         state["determined"] = torch.tensor(determined)
 
     def _refresh_inverses(self) -> None:
-        due = self.steps % self.inverse_period == 0
         applied: list[dampings.Damping] = []
         for layer in self.layers:
             state = self._state(layer)
-            if "A" in state and (due or self._inverse.names[0] not in state):
+            if "A" in state and (self._due or self._inverse.names[0] not in state):
                 damping = self.damping_rule(state["A"], state["G"], state["unit"], bool(state["determined"]))
                 state.update(self._inverse.factorize(state["A"], state["G"], damping))
                 applied.append(damping)
