@@ -77,9 +77,8 @@ class EkfacInverse(Inverse):
     with ``spectrum_age`` for its running average. Damping is kept apart from them: λ_G a_j + g_i λ_A + λ_G λ_A + δ,
     which is that of the product where s_ij = g_i a_j, and δ alone where λ_A = λ_G = 0.
 
-    In a new basis the moments start anew. The old ones are of another basis, and taken over, as the diagonal of
-    Q diag(s) Qᵀ in the new one, they would spread the large eigenvalues over the small ones; ``docs/decisions.md`` has
-    the figures.
+    In a new basis the moments start anew. The old matrix's diagonal in the new basis would be an average of the old
+    eigenvalues, in which large ones bury small ones; ``docs/decisions.md`` has the figures.
     """
 
     names = ("spectrum", "spectrum_age", "shift", "A_basis", "G_basis")
