@@ -53,7 +53,7 @@ BUGS = {
     "class weights ignored": Bug("losses.py", "curvature = ((1 - smoothing) * own + smoothing * weight.mean()) * kept", "curvature = (1.0 + 0 * own) * kept", LOSSES),
     "positive weights on the negatives": Bug("losses.py", "1 + (module.pos_weight - 1) * target", "1 + (module.pos_weight - 1) * (1 - target)", LOSSES),
     "weights of a mean not in its divisor": Bug("losses.py", "return Weights(curvature.unsqueeze(1), (own * kept).unsqueeze(1))", "return Weights(curvature.unsqueeze(1), (0 * own + kept).unsqueeze(1))", LOSSES),
-    "running average biased to the start": Bug("factors.py", "share = 1.0 / state[\"age\"].item()", "share = 1.0 - decay", "test_factors.py"),
+    "running average biased to the start": Bug("factors.py", "share = 1.0 / state[age].item()", "share = 1.0 - decay", "test_factors.py"),
     "scale of a normalization with the raw input": Bug("layers/normalization.py", "        return normalize(self.module, x)", "        return x", KINDS),
     "key and value blocks exchanged": Bug("layers/attention.py", "return slice(start, start + weight.shape[0] // self.shape[0])", "return slice(0, weight.shape[0] // self.shape[0])", "test_layers_rows.py"),
     "hidden state one step late": Bug("layers/recurrent.py", "state = step(module, z[:, t], hidden.apply(state[0], self.recorder), state)", "state = step(module, z[:, t - 1], hidden.apply(state[0], self.recorder), state)", "test_layers_recurrent.py test_layers_rows.py"),
