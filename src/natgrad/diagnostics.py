@@ -85,7 +85,8 @@ def largest_eigenvalue(factor: Tensor) -> Tensor:
     v = torch.randn(factor.shape[-1], 1, generator=torch.Generator().manual_seed(0)).to(factor)
     for _ in range(ITERATIONS):
         v = factor @ (v / v.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny))
-    return torch.linalg.vector_norm(v, dim=(-2, -1))
+    length: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1))
+    return length
 
 
 def of_step(
@@ -133,4 +134,4 @@ def _spread(eigenvalues: Tensor) -> Tensor:
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    return torch.stack(torch._foreach_norm(list(tensors))).norm()
