@@ -134,4 +134,5 @@ def _spread(eigenvalues: Tensor) -> Tensor:
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(tensors))).norm()
+    length: Tensor = torch.stack(torch._foreach_norm(list(tensors))).norm()
+    return length
