@@ -15,7 +15,9 @@ Everything here needs the extra ``natgrad[experiments]``; the library itself nee
 
 from importlib.util import find_spec
 
-_EXTRA = {package: package for package in ("jinja2", "matplotlib", "numpy", "pooch", "rich", "typer")} | {"PIL": "pillow"}
+_EXTRA = {package: package for package in ("jinja2", "matplotlib", "numpy", "pooch", "rich", "typer")} | {
+    "PIL": "pillow"
+}
 
 
 def require_extra() -> None:

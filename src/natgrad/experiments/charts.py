@@ -14,7 +14,8 @@ Points = Sequence[tuple[float, float]]
 
 # Of a curve, so many points at most are drawn: about one for every second pixel.
 MOST_POINTS = 400
-MOST_TICKS = 6
+# Between two ticks lies at least this share of the axis, so that their texts do not touch on a telephone.
+TICK_ROOM = 0.13
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,13 @@ class Scale:
         return (self.transform(value) - self.low) / (self.high - self.low)
 
     def ticks(self, candidates: Iterable[float]) -> list[Tick]:
-        """Those of the candidates that are on the axis; every second, third, … if they are many."""
-        inside = [value for value in candidates if -1e-9 <= self(value) <= 1 + 1e-9]
-        kept = inside[:: math.ceil(len(inside) / MOST_TICKS) or 1]
-        return [Tick(self(value), text(value)) for value in kept]
+        """Those of the candidates that are on the axis and have room; the earlier ones go first."""
+        kept: list[Tick] = []
+        for value in candidates:
+            tick = Tick(self(value), text(value))
+            if -1e-9 <= tick.at <= 1 + 1e-9 and all(abs(tick.at - other.at) >= TICK_ROOM for other in kept):
+                kept.append(tick)
+        return kept
 
 
 def draw(chart: Chart) -> Drawing | None:
@@ -111,21 +115,21 @@ def draw(chart: Chart) -> Drawing | None:
 
 
 def since_zero(values: Sequence[float], unit: float) -> tuple[Scale, list[float]]:
-    """log(1 + x / unit), which has a place for zero; ticks at zero and powers of ten."""
-    scale = Scale(lambda x: math.log1p(x / unit), 0.0, math.log1p(max(*values, unit) / unit) * 1.02)
-    first, last = math.ceil(math.log10(unit) - 1e-9), math.floor(math.log10(max(*values, unit)))
-    powers = [10.0**k for k in range(first, last + 1)]
-    fine = [factor * power for power in [10.0 ** (first - 1), *powers] for factor in (1, 2, 5)]
-    return scale, [0.0, *(fine if len(powers) < 3 else powers)]
+    """log(1 + x / unit), which has a place for zero."""
+    highest = max(*values, unit)
+    scale = Scale(lambda x: math.log1p(x / unit), 0.0, 1.02 * math.log1p(highest / unit))
+    return scale, [0.0, *(tick for tick in round_numbers(unit, highest) if tick >= unit)]
 
 
 def logarithmic(values: Sequence[float]) -> tuple[Scale, list[float]]:
-    """log x, with ticks at 1, 2 and 5 times the powers of ten, or at the powers alone if there are many."""
+    """log x."""
     low, high = math.log10(min(values)), math.log10(max(values))
     margin = max(0.04 * (high - low), 0.05)
     scale = Scale(math.log10, low - margin, high + margin)
-    powers = [10.0**k for k in range(math.floor(low - margin), math.ceil(high + margin) + 1)]
-    return scale, powers if high - low > 2.5 else [factor * power for power in powers for factor in (1, 2, 5)]
+    _, between = linear([10**scale.low, 10**scale.high])
+    within_a_decade = high - low < 1  # where 1, 2, 5 and 10 are too few
+    ticks = [tick for tick in between if tick > 0]
+    return scale, ticks if within_a_decade else round_numbers(10**scale.low, 10**scale.high)
 
 
 def linear(values: Sequence[float]) -> tuple[Scale, list[float]]:
@@ -133,10 +137,16 @@ def linear(values: Sequence[float]) -> tuple[Scale, list[float]]:
     low, high = min(values), max(values)
     margin = 0.04 * (high - low) or 0.5 * abs(high) or 0.5
     scale = Scale(lambda x: x, low - margin, high + margin)
-    width = (scale.high - scale.low) / MOST_TICKS
+    width = TICK_ROOM * (scale.high - scale.low)
     power = 10.0 ** math.floor(math.log10(width))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
     return scale, [k * step for k in range(math.floor(scale.low / step), math.ceil(scale.high / step) + 1)]
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """From the power of ten below ``low`` on: first the powers of ten, then 5 times and 2 times those."""
+    powers = [10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    return [factor * power for factor in (1, 5, 2) for power in powers]
 
 
 def thin(points: Points, x: Scale) -> Points:

@@ -3,20 +3,20 @@
 The numbers are those of `natgrad.KFAC.diagnostics`, as the records hold them; runs of older versions may lack some.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from natgrad.experiments.charts import Chart, Points, Series
-from natgrad.experiments.colours import COLOURS, INK, Colour, ordered
+from natgrad.experiments.colours import COLOURS, INK, ordered
 from natgrad.experiments.contestants import Record
 
 # Key, title, label of the vertical axis.
 _PER_LAYER = (
-    ("damping_a", "Damping of A", "λ_A, squared units of the input"),
-    ("damping_g", "Damping of G", "λ_G, loss / squared units of the output"),
-    ("condition_a", "Condition number of A + λ_A I", "largest / smallest eigenvalue"),
-    ("condition_g", "Condition number of G + λ_G I", "largest / smallest eigenvalue"),
-    ("condition", "Condition number of the damped block", "largest / smallest eigenvalue"),
-    ("relative_step", "Step over parameters", "‖step‖ / ‖parameters‖"),
+    ("damping_a", "Damping of A", "squared units of the layer’s input"),
+    ("damping_g", "Damping of G", "loss over squared units of the layer’s output"),
+    ("condition_a", "Condition number of A, damped", "largest over smallest eigenvalue"),
+    ("condition_g", "Condition number of G, damped", "largest over smallest eigenvalue"),
+    ("condition", "Condition number of the damped block", "largest over smallest eigenvalue"),
+    ("relative_step", "Length of the step", "over the length of the parameters"),
     ("kl_kfac", "KL divergence of the step, by the blocks", "½ sᵀFs, units of the loss"),
 )
 _BLUE, _GREEN, _PINK = COLOURS["adam"], COLOURS["kfac-sgd"], COLOURS["kfac-adam"]
@@ -55,9 +55,8 @@ def _layers(records: Sequence[Record], key: str) -> list[Series]:
     lines = [_points(records, name) for name in names]
     if len(lines) > 1 and all(line == lines[0] for line in lines):
         return [Series("all layers", lines[0], INK)]
-    shown: Callable[[str], str] = lambda name: f"layer {name.removeprefix(prefix)}"  # noqa: E731
-    colours: Sequence[Colour] = ordered(len(names))
-    return [Series(shown(n), line, colour) for n, line, colour in zip(names, lines, colours, strict=True)]
+    labels = [f"layer {name.removeprefix(prefix)}" for name in names]
+    return [Series(*parts) for parts in zip(labels, lines, ordered(len(names)), strict=True)]
 
 
 def _points(records: Sequence[Record], key: str, sign: float = 1.0) -> Points:

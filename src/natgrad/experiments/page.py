@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from rich.console import Console
@@ -140,7 +139,7 @@ def _card(run: Run, name: str) -> Card:
         took, theirs = cost(curve, adam.best.test_loss), adam.best
         if took is not None and not took.is_bound and took.steps and took.seconds and theirs.seconds:
             against = (
-                f"Adam’s best, {theirs.test_loss:.4g}, after {theirs.step / took.steps:.2g}× fewer steps and "
+                f"reached Adam’s best, {theirs.test_loss:.4g}, in {theirs.step / took.steps:.2g}× fewer steps and "
                 f"{theirs.seconds / took.seconds:.2g}× less time"
             )
     at = "" if best is None else f"best test loss, after {best.step:,} steps and {best.seconds or 0:,.3g} s"
