@@ -15,9 +15,8 @@ Everything here needs the extra ``natgrad[experiments]``; the library itself nee
 
 from importlib.util import find_spec
 
-_EXTRA = {package: package for package in ("jinja2", "matplotlib", "numpy", "pooch", "rich", "typer")} | {
-    "PIL": "pillow"
-}
+# Package by module.
+_EXTRA = {"PIL": "pillow", **{name: name for name in ("jinja2", "matplotlib", "numpy", "pooch", "rich", "typer")}}
 
 
 def require_extra() -> None:

@@ -27,7 +27,7 @@ GREY = Colour("#8c8c8c", "#8c8c8c")
 
 
 def ordered(count: int) -> Sequence[Colour]:
-    """Colours of things in an order, such as layers: viridis, less of its pale end on paper and of its dark on screen."""
+    """Colours of things in an order, such as layers: viridis without its end that the ground swallows."""
     viridis = colormaps["viridis"]
     shares = [i / max(count - 1, 1) for i in range(count)]
     return [Colour(to_hex(viridis(0.85 * share)), to_hex(viridis(0.28 + 0.72 * share))) for share in shares]

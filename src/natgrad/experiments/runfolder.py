@@ -7,7 +7,7 @@
 | `metrics.jsonl` | one record a line | appended and flushed after every step |
 | `checkpoint.pt` | state of every contestant | every minute, at the end, when interrupted |
 | `digits/originals.png` | ten test images side by side | at the start |
-| `digits/<optimizer>-<step>.png` | what a contestant made of them after so many steps | at log-spaced steps, and at the end |
+| `digits/<optimizer>-<step>.png` | what a contestant made of them | at log-spaced steps, and at the end |
 | `curves.png`, `table.md` | the results | at the end, and by ``natgrad compare`` |
 | `report.html` | all of it, to look at | by ``natgrad report`` |
 
