@@ -213,7 +213,7 @@ def test_a_step_that_achieves_too_little_is_halved() -> None:
     c, diagnostics = choose(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
     assert slope.steps == [4.0, 2.0, 1.0]
     assert c.tolist() == [1.0]
-    assert diagnostics == {"predicted_change": -3.5, "actual_change": -0.5, "halvings": 2.0}
+    assert diagnostics == {"predicted_change": -3.5, "actual_change": -0.5, "kl": 0.5, "halvings": 2.0}
 
 
 def test_no_step_is_taken_where_none_lowers_the_loss() -> None:

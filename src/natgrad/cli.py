@@ -107,6 +107,22 @@ def compare(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    against: Annotated[list[Path] | None, typer.Option(help="Another run folder, drawn beside it; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file. (default: report.html in the run folder)")] = None,
+) -> None:
+    """A run as one page for the browser: curves, reconstructions, what K-FAC told of itself, tables."""
+    # Imported here, as the plots are: matplotlib takes half a second, which `natgrad --help` need not wait for.
+    from natgrad.experiments.page import write_page
+
+    try:
+        write_page(run, against or [], out, Console())
+    except SettingsError as error:
+        raise _refusal(error) from error
+
+
+@app.command()
 def demo(out: Annotated[Path, typer.Option(help="Run folder, replaced.")] = preset.OUT) -> None:
     """Adam and K-FAC side by side in a few minutes."""
     raise typer.Exit(preset.demo(out, Console()))

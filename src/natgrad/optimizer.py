@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from natgrad import quadratic
+from natgrad import diagnostics, quadratic
 from natgrad.likelihoods import Likelihood
 from natgrad.preconditioner import CurvatureOptions, Preconditioner, clip_scale
 
@@ -78,6 +78,7 @@ class KFAC(torch.optim.Optimizer):
         rest = [group["params"] for group in self.param_groups if group["fallback"]]
         self._adamw = torch.optim.AdamW(rest[0]) if rest else None
         self._diagnostics: dict[str, float] = {}
+        self._latest_step: dict[nn.Parameter, Tensor] = {}
         self._share_state()
 
     def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -132,6 +133,7 @@ class KFAC(torch.optim.Optimizer):
             previous = {}
         alpha, mu = self._coefficients(group["lr"], natural, previous)
         self._diagnostics.update(lr=alpha, momentum=mu)
+        self._latest_step = natural  # whose tensors become the step below
         for parameter, direction in natural.items():
             if group["weight_decay"]:
                 parameter.mul_(1 - alpha * group["weight_decay"])
@@ -153,8 +155,8 @@ class KFAC(torch.optim.Optimizer):
         b = torch.stack([_dot(direction) for direction in directions]).double()
         named = [{self._names[p]: d for p, d in direction.items()} for direction in directions]
         given = [None if self.automatic_lr else lr, given_momentum][: len(directions)]
-        c, diagnostics = quadratic.choose(self._local_model(), named, b, given)
-        self._diagnostics.update(diagnostics)
+        c, told = quadratic.choose(self._local_model(), named, b, given)
+        self._diagnostics.update(told)
         if self.automatic_lr:
             c = c * lr
         return float(c[0]), float(c[1]) if previous else 0.0
@@ -191,16 +193,42 @@ class KFAC(torch.optim.Optimizer):
             cast = self.state[parameter]
             cast.update({key: t.to(cast[key].device, copy=True) for key, t in state.items()})
         self._share_state()
+        self._diagnostics, self._latest_step = {}, {}
         pre.resume()
 
-    def diagnostics(self) -> dict[str, float]:
-        """Plain numbers about the latest step, for any logger.
+    @torch.no_grad()
+    def diagnostics(self, per_layer: bool = True) -> dict[str, float]:
+        """Plain numbers about the latest step, for any logger; computed here, so that ``step`` takes no time for them.
 
-        ``lr`` and ``momentum`` as they were applied; where the quadratic model chose them, ``predicted_change`` and
-        ``actual_change`` of the loss by this step and how often it was halved, ``halvings``; and what
-        :meth:`natgrad.Preconditioner.diagnostics` tells.
+        Args:
+            per_layer: Tell of each layer too, and whatever takes products with the factors, condition numbers and
+                ``kl_kfac``: with dense layers that costs less than a tenth of a step.
+
+        Returns:
+            By key. What :meth:`natgrad.Preconditioner.diagnostics` tells, and about the latest step that was not
+            skipped, without weight decay and without the parameters that AdamW trains:
+
+            - ``lr``, ``momentum``: as they were applied to the natural gradient and to the previous step.
+            - ``step_norm``: Euclidean length of the step, in units of the parameters.
+            - ``relative_step``: the same over the length of the parameters after the step.
+            - ``kl_kfac``: ½ sᵀFs of the step s, with F the curvature as the blocks see it, undamped, in units of the
+              loss: to second order the KL divergence of the outputs after the step from those before.
+            - ``step_norm/<layer>``, ``relative_step/<layer>``, ``kl_kfac/<layer>``: of a layer.
+
+            Where the quadratic model chose rate or momentum, of the step before ``group["lr"]`` multiplies it:
+
+            - ``predicted_change``, ``actual_change``: of the loss, on the model's data; by the model, and in fact.
+            - ``kl``: ½ sᵀFs with F the whole network's Gauss-Newton matrix on the model's data, in units of the loss;
+              the ratio of ``kl_kfac`` to it says how well the blocks know the curvature along the step.
+            - ``halvings``: how often the step was halved before the loss fell by enough.
         """
-        return {**self._diagnostics, **self.preconditioner.diagnostics()}
+        values: diagnostics.Values = {**self._diagnostics}
+        step = self._latest_step
+        if step:
+            values |= diagnostics.norms(step, list(step))
+        if per_layer:
+            values |= diagnostics.of_step(self.preconditioner.layers, self.preconditioner.states(), step)
+        return {**diagnostics.numbers(values), **self.preconditioner.diagnostics(per_layer)}
 
 
 def _dot(direction: dict[nn.Parameter, Tensor]) -> Tensor:

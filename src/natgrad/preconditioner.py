@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import damping as dampings
+from natgrad import diagnostics
 from natgrad.batch import Batch, Fisher
 from natgrad.capture import Capture, check_fisher
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
@@ -133,7 +134,7 @@ class Preconditioner:
         self.skipped_steps = 0
         self.batch = Batch(self.loss, fisher)
         self._inverse = INVERSES[inverse]
-        self._diagnostics: dict[str, float] = {}
+        self.applied: dict[str, diagnostics.Applied] = {}
         self.capture = Capture(
             self.model,
             self.layers,
@@ -221,19 +222,45 @@ class Preconditioner:
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Running A, (in [+ 1], in [+ 1]), and G, (out, out), by layer name; kron(G, A) is the block over [W b]."""
-        states = {layer.name: self._state(layer) for layer in self.layers}
-        return {name: (state["A"], state["G"]) for name, state in states.items() if "A" in state}
+        return {name: (state["A"], state["G"]) for name, state in self.states().items() if "A" in state}
 
-    def diagnostics(self) -> dict[str, float]:
-        """Plain numbers about the latest step, for any logger.
+    def states(self) -> dict[str, dict[str, Any]]:
+        """What is kept of each layer, by its name."""
+        return {layer.name: self._state(layer) for layer in self.layers}
 
-        ``damping_a``, ``damping_g`` and ``damping`` are means over the layers, of what was added to A, G and the block.
+    @torch.no_grad()
+    def diagnostics(self, per_layer: bool = True) -> dict[str, float]:
+        """Plain numbers about the latest step, for any logger; computed here, so that ``step`` takes no time for them.
+
+        Args:
+            per_layer: Tell of each layer too, and whatever takes products with the factors: the condition numbers.
+
+        Returns:
+            By key. Those of an inverse are there once it was computed, since construction or loading.
+
+            - ``skipped_steps``: steps left out because something was not finite, since construction.
+            - ``inverse_age``: age of the oldest inverse in steps; 0 if the latest step computed all of them.
+            - ``damping_a``, ``damping_g``: what was added to A and to G, mean over the layers. A is in squared units of
+              the layer's input, G in units of the loss over squared units of the layer's output.
+            - ``damping``: what was added to the block besides, mean over the layers, in units of the loss over squared
+              units of a parameter.
+            - ``inverse_age/<layer>``, ``damping_a/<layer>``, ``damping_g/<layer>``, ``damping/<layer>``: of a layer.
+            - ``condition/<layer>``: largest over smallest eigenvalue of the damped block; of the worst, if the layer
+              has several. With ``inverse="eigen"`` exact, else a lower bound by power iterations, usually within a
+              tenth.
+            - ``condition_a/<layer>``, ``condition_g/<layer>``: the same of the damped factors, whose product is the
+              block; not where ``damping`` is added to it.
         """
-        return {"skipped_steps": float(self.skipped_steps), **self._diagnostics}
+        latest = self.steps - 1
+        values: diagnostics.Values = {"skipped_steps": float(self.skipped_steps)}
+        values |= diagnostics.summary(self.applied, latest)
+        if per_layer:
+            values |= diagnostics.of_inverses(self.states(), self.applied, latest)
+        return diagnostics.numbers(values)
 
     def state_dict(self) -> dict[str, Any]:
         """Running factors and inverses by layer name."""
-        layers = {layer.name: dict(self._state(layer)) for layer in self.layers}
+        layers = {name: dict(state) for name, state in self.states().items()}
         return {"layers": layers, "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -267,6 +294,7 @@ class Preconditioner:
 
     def resume(self) -> None:
         """Let the capture go on from the step that the state is at."""
+        self.applied.clear()
         self.capture.take()
         self.capture.step = self.steps
         self.capture.enabled = self.steps % self.curvature_period == 0
@@ -317,15 +345,12 @@ class Preconditioner:
         state["determined"] = torch.tensor(determined)
 
     def _refresh_inverses(self) -> None:
-        applied: list[dampings.Damping] = []
         for layer in self.layers:
             state = self._state(layer)
             if "A" in state and (self._due or self._inverse.names[0] not in state):
                 damping = self.damping_rule(state["A"], state["G"], state["unit"], bool(state["determined"]))
                 state.update(self._inverse.factorize(state["A"], state["G"], damping))
-                applied.append(damping)
-        if applied:
-            self._diagnostics = dampings.mean(applied)
+                self.applied[layer.name] = diagnostics.Applied(damping, self.steps)
 
 
 def clip_scale(natural: dict[nn.Parameter, Tensor], bound: float) -> float:

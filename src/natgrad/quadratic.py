@@ -158,6 +158,7 @@ def choose(
         step = combine(directions, c)
         predicted, actual = float(b @ c + 0.5 * c @ M @ c), local.change(step)
         diagnostics = {"predicted_change": predicted, "actual_change": actual, "halvings": float(halvings)}
+        diagnostics["kl"] = float(0.5 * c @ M @ c)
         if actual <= SUFFICIENT * min(predicted, 0.0):
             return c, diagnostics
         c = c / 2

@@ -5,7 +5,9 @@
 - `contestants`: the registry of optimizers, and one optimizer at work on its own copy of the network.
 - `race`: who takes the next step, so that the machine's noise hits all alike.
 - `runfolder`, `curves`: what a run writes, and reading it back (with the curves recorded in 2017).
+- `samples`: what is recorded at some steps only: numbers of each layer, pictures.
 - `progress`, `thresholds`, `table`, `plot`: what is shown, while it runs and after.
+- `charts`, `internals`, `colours`, `page`: the same and more as a page for the browser, with `html/` as its template.
 - `experiment`, `compare`, `demo`: the three of them put together, one function each; `natgrad.cli` calls them.
 
 Everything here needs the extra ``natgrad[experiments]``; the library itself needs torch alone.
@@ -13,7 +15,8 @@ Everything here needs the extra ``natgrad[experiments]``; the library itself nee
 
 from importlib.util import find_spec
 
-_EXTRA = ("matplotlib", "numpy", "pooch", "rich", "typer")
+# Package by module.
+_EXTRA = {"PIL": "pillow", **{name: name for name in ("jinja2", "matplotlib", "numpy", "pooch", "rich", "typer")}}
 
 
 def require_extra() -> None:
@@ -22,7 +25,7 @@ def require_extra() -> None:
     Raises:
         ModuleNotFoundError: A package of the extra ``experiments`` is missing.
     """
-    missing = [name for name in _EXTRA if find_spec(name) is None]
+    missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
             f"natgrad's experiments and command line need {', '.join(missing)}. "

@@ -54,13 +54,16 @@ class Problem:
         settings: What was asked for.
         train: Training images (images, 784).
         test: Test images (images, 784).
+        digits: One image of each digit, from 0 to 9, among those that no run trains on (10, 784).
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        images, _ = mnist.embedded()
+        images, labels = mnist.embedded()
         self.train = images[: settings.images].clone()
         self.test = images[ARTICLE_IMAGES : ARTICLE_IMAGES + settings.images].clone()
+        first = [int((labels[ARTICLE_IMAGES:] == digit).nonzero()[0]) for digit in range(10)]
+        self.digits = images[ARTICLE_IMAGES:][first]
 
     def batch(self, step: int) -> Tensor:
         """The images that every contestant sees at its step number ``step`` (0-based): (batch, 784).

@@ -21,9 +21,17 @@ def compare(folders: Sequence[Path], out: Path | None, console: Console) -> None
     Raises:
         SettingsError: A folder holds no run.
     """
+    report(read_runs(folders, console), out or (folders[0] if len(folders) == 1 else Path()), console)
+
+
+def read_runs(folders: Sequence[Path], console: Console) -> list[Run]:
+    """Read runs, labelled by folder if there are several; says so if they are of different problems.
+
+    Raises:
+        SettingsError: A folder holds no run.
+    """
     if len(folders) == 1:
-        report([read_run(folders[0])], out or folders[0], console)
-        return
+        return [read_run(folders[0])]
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -32,7 +40,7 @@ def compare(folders: Sequence[Path], out: Path | None, console: Console) -> None
         console.print("These runs are of different problems, so their losses and steps do not compare directly:")
         for name, run in zip(names, runs, strict=True):
             console.print(f"  {name}: {run.settings.describe()}", highlight=False)
-    report(runs, out or Path(), console)
+    return runs
 
 
 def report(runs: Sequence[Run], out: Path, console: Console) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 import natgrad
 from natgrad.experiments.autoencoder import Problem, half_squared_error, network
+from natgrad.experiments.samples import LAYERS_PER_DOUBLING, is_sampled
 from natgrad.experiments.settings import Settings, SettingsError
 
 
@@ -27,12 +28,12 @@ class Method:
     optimizer: torch.optim.Optimizer
     preconditioner: natgrad.Preconditioner | None = None
 
-    def diagnostics(self) -> dict[str, float]:
+    def diagnostics(self, per_layer: bool) -> dict[str, float]:
         """The scalars that the K-FAC part reports about its last step (empty for a plain torch optimizer)."""
         if self.preconditioner is not None:
-            return self.preconditioner.diagnostics()
+            return self.preconditioner.diagnostics(per_layer)
         if isinstance(self.optimizer, natgrad.KFAC):
-            return self.optimizer.diagnostics()
+            return self.optimizer.diagnostics(per_layer)
         return {}
 
 
@@ -105,7 +106,7 @@ class Record:
         train_loss: Loss of this step's forward pass; None if it was not finite.
         test_loss: Loss on the test images; None if it was not measured at this step, or not finite.
         seconds: Training seconds used before this step.
-        diagnostics: What the optimizer reported after the step.
+        diagnostics: What the optimizer reported after the step; of each layer at some of the steps only.
     """
 
     optimizer: str
@@ -145,8 +146,15 @@ class Contestant:
         train_loss = self._train(self._problem.batch(step))
         self.step += 1
         self.diverged = not math.isfinite(train_loss)
-        diagnostics = {key: _finite(value) for key, value in self._method.diagnostics().items()}
+        told = self._method.diagnostics(per_layer=is_sampled(step, LAYERS_PER_DOUBLING))
+        diagnostics = {key: _finite(value) for key, value in told.items()}
         return Record(self.name, step, _finite(train_loss), _finite(test_loss), seconds, diagnostics)
+
+    def reconstructions(self) -> torch.Tensor:
+        """What the network makes of `Problem.digits` now: (10, 784)."""
+        with torch.no_grad():
+            made: torch.Tensor = self._model(self._problem.digits)
+        return made
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: tensors and plain values, so that `torch.load(weights_only=True)` reads it."""

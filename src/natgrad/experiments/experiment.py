@@ -21,7 +21,8 @@ from natgrad.experiments.contestants import Contestant
 from natgrad.experiments.curves import read_run
 from natgrad.experiments.progress import Progress
 from natgrad.experiments.race import race
-from natgrad.experiments.runfolder import RunFolder
+from natgrad.experiments.runfolder import ORIGINALS, RunFolder
+from natgrad.experiments.samples import PICTURES_PER_DOUBLING, is_sampled
 from natgrad.experiments.settings import Settings
 
 CHECKPOINT_SECONDS = 60.0
@@ -76,8 +77,12 @@ def start(settings: Settings, path: Path, console: Console, *, overwrite: bool =
         SettingsError: The folder holds a run already, or an optimizer is unknown.
     """
     _set_threads(settings)
-    contestants = _contestants(settings)
+    problem = Problem(settings)
+    contestants = _contestants(problem)
     folder = RunFolder.create(path, settings, overwrite=overwrite)
+    folder.save_digits(ORIGINALS, problem.digits)
+    for contestant in contestants:
+        folder.save_reconstructions(contestant)
     return _run(folder, contestants, console)
 
 
@@ -97,7 +102,7 @@ def resume(path: Path, given: dict[str, Any], console: Console) -> int:
     """
     folder = RunFolder.reopen(path, given)
     _set_threads(folder.settings)
-    contestants = _contestants(folder.settings)
+    contestants = _contestants(Problem(folder.settings))
     folder.load_checkpoint(contestants)
     return _run(folder, contestants, console)
 
@@ -117,6 +122,7 @@ def _run(folder: RunFolder, contestants: Sequence[Contestant], console: Console)
 def _race(folder: RunFolder, contestants: Sequence[Contestant], console: Console) -> bool:
     """Let them run, writing down every record; returns whether Ctrl-C ended it."""
     settings = folder.settings
+    by_name = {contestant.name: contestant for contestant in contestants}
     flag = InterruptFlag(lambda: console.print("Finishing the step in progress (Ctrl-C again to stop at once) ..."))
     saved = time.monotonic()
     try:
@@ -124,11 +130,15 @@ def _race(folder: RunFolder, contestants: Sequence[Contestant], console: Console
             for record in race(contestants, settings):
                 folder.append(record)
                 progress.show(record)
+                if is_sampled(record.step + 1, PICTURES_PER_DOUBLING):
+                    folder.save_reconstructions(by_name[record.optimizer])
                 if flag.is_set:
                     break
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     folder.save_checkpoint(contestants)
                     saved = time.monotonic()
+            for contestant in contestants:
+                folder.save_reconstructions(contestant)
             folder.save_checkpoint(contestants)
     # Raised in the middle of a step, so the contestants are not in a state to save.
     except KeyboardInterrupt:
@@ -136,9 +146,8 @@ def _race(folder: RunFolder, contestants: Sequence[Contestant], console: Console
     return flag.is_set
 
 
-def _contestants(settings: Settings) -> list[Contestant]:
-    problem = Problem(settings)
-    return [Contestant(name, problem) for name in settings.optimizers]
+def _contestants(problem: Problem) -> list[Contestant]:
+    return [Contestant(name, problem) for name in problem.settings.optimizers]
 
 
 def _set_threads(settings: Settings) -> None:

@@ -15,12 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from natgrad.experiments.colours import COLOURS, GREY, INK
 from natgrad.experiments.curves import Curve, Run, recorded
 
-# Okabe and Ito's palette: distinguishable with any colour vision. K-FAC, what the plot is about, has the strongest.
-_COLOURS = {"kfac": "#D55E00", "adam": "#0072B2", "sgd": "#56B4E9", "kfac-sgd": "#009E73", "kfac-adam": "#CC79A7"}
 _STYLES = ("-", "--", ":", "-.")
-_INK, _GREY, _PALE = "#333333", "#8c8c8c", "#e8e8e8"
+_INK, _GREY, _PALE = INK.light, GREY.light, "#e8e8e8"
 # Where the name of a recorded curve stands: left-aligned below its minimum, or where that is crowded, right-aligned at
 # this step and so many points above it.
 _NAMES_AT = {("relu", "adam"): (200, -9.0), ("relu", "sgd"): (99_999, 7.0)}
@@ -108,7 +107,7 @@ def _note(points: float) -> dict[str, Any]:
 def _draw_curve(axes: Axes, points: Sequence[tuple[float, float]], curve: Curve, style: str) -> None:
     if not points:
         return
-    colour = _COLOURS.get(curve.optimizer, _INK)
+    colour = COLOURS.get(curve.optimizer, INK).light
     x, best = min(points, key=lambda point: point[1])
     label = f"{curve.label}, best {best:.3g}"
     axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.9, linestyle=style, label=label)

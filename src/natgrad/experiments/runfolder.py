@@ -6,7 +6,10 @@
 | `environment.json` | versions, threads, processor, command line; one more entry a resumption | at the start |
 | `metrics.jsonl` | one record a line | appended and flushed after every step |
 | `checkpoint.pt` | state of every contestant | every minute, at the end, when interrupted |
+| `digits/originals.png` | ten test images side by side | at the start |
+| `digits/<optimizer>-<step>.png` | what a contestant made of them | at log-spaced steps, and at the end |
 | `curves.png`, `table.md` | the results | at the end, and by ``natgrad compare`` |
+| `report.html` | all of it, to look at | by ``natgrad report`` |
 
 All but the metrics are replaced atomically (written beside, then renamed): a file is either the old one or the new one.
 """
@@ -23,13 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import natgrad
 from natgrad.experiments.contestants import Contestant, Record
+from natgrad.experiments.samples import png
 from natgrad.experiments.settings import LIMITS, Settings, SettingsError
 
 CONFIG, ENVIRONMENT, METRICS, CHECKPOINT = "config.json", "environment.json", "metrics.jsonl", "checkpoint.pt"
-CURVES, TABLE = "curves.png", "table.md"
+CURVES, TABLE, PAGE = "curves.png", "table.md", "report.html"
+DIGITS, ORIGINALS = "digits", "originals.png"
 
 
 class RunFolder:
@@ -57,9 +63,11 @@ class RunFolder:
                     f"{path} already holds a run: go on with `--resume {path}`, give another `--out`, "
                     "or add `--overwrite`"
                 )
-            for name in (CHECKPOINT, METRICS, CURVES, TABLE, ENVIRONMENT, CONFIG):
+            for file in (path / DIGITS).glob("*.png"):
+                file.unlink()
+            for name in (CHECKPOINT, METRICS, CURVES, TABLE, PAGE, ENVIRONMENT, CONFIG):
                 (path / name).unlink(missing_ok=True)
-        path.mkdir(parents=True, exist_ok=True)
+        (path / DIGITS).mkdir(parents=True, exist_ok=True)
         _write_json(path / CONFIG, settings.to_json())
         _write_json(path / ENVIRONMENT, environment(settings))
         (path / METRICS).touch()
@@ -97,6 +105,15 @@ class RunFolder:
         """Add one record to the metrics; it is on its way to the disk when this returns."""
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+
+    def save_digits(self, name: str, images: Tensor) -> None:
+        """Save images (n, 784), values in [0, 1], as one picture of the folder `digits`."""
+        (self.path / DIGITS).mkdir(exist_ok=True)  # the run may be older than its pictures
+        write_atomically(self.path / DIGITS / name, lambda path: path.write_bytes(png(images)))
+
+    def save_reconstructions(self, contestant: Contestant) -> None:
+        """Save what a contestant makes of the ten digits now."""
+        self.save_digits(f"{contestant.name}-{contestant.step:07d}.png", contestant.reconstructions())
 
     def save_checkpoint(self, contestants: Sequence[Contestant]) -> None:
         """Save what `load_checkpoint` needs. Call it between steps only: half a step is not a state to go on from."""
@@ -137,6 +154,12 @@ def read_records(path: Path) -> list[Record]:
     lines = (path / METRICS).read_text().splitlines(keepends=True)
     # A process that was killed may have left half a line at the end.
     return [Record(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def read_reconstructions(path: Path, optimizer: str) -> dict[int, Path]:
+    """The pictures that a contestant left in a run folder, by steps taken, in their order."""
+    files = sorted((path / DIGITS).glob(f"{optimizer}-[0-9]*.png"))
+    return {int(file.stem.removeprefix(f"{optimizer}-")): file for file in files}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -122,6 +122,10 @@ class Layer(ABC):
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         """A step of the matrix as steps of ``parameters``."""
 
+    def step_to_matrix(self, steps: Sequence[Tensor]) -> Tensor:
+        """What steps of ``parameters`` do to the matrix, to first order: undoes ``from_matrix``."""
+        return self.to_matrix(steps)
+
     @property
     def trained(self) -> bool:
         """Whether all parameters are; otherwise they are none of natgrad's."""

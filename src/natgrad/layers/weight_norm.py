@@ -42,6 +42,14 @@ class WeightNormLayer(WrappedLayer):
         dg = _per_output((u * step).flatten(1).sum(1), step)
         return [dg, ratio * (step - u * dg), *bias]
 
+    def step_to_matrix(self, steps: Sequence[Tensor]) -> Tensor:
+        """dW = u dg + (g / ‖v‖) (dv − u (u · dv)), as the inner layer's matrix."""
+        u, ratio = self._direction()
+        dg, dv, *bias = steps
+        across = dv - u * _per_output((u * dv).flatten(1).sum(1), dv)
+        dW = u * dg + torch.where(ratio == 0, 0.0, across / ratio)
+        return self.inner.step_to_matrix([dW, *bias])
+
     def _direction(self) -> tuple[Tensor, Tensor]:
         """The direction u, shaped like v, and ‖v‖ / g; an output with g = 0 moves by its g alone."""
         g, v = self.g.detach(), self.v.detach()

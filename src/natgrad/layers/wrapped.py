@@ -44,6 +44,10 @@ class WrappedLayer(Layer):
         """Of the inner layer."""
         return self.inner.from_matrix(matrix)
 
+    def step_to_matrix(self, steps: Sequence[Tensor]) -> Tensor:
+        """Of the inner layer."""
+        return self.inner.step_to_matrix(steps)
+
     @property
     def shape(self) -> tuple[int, int]:
         """Of the inner layer."""
