@@ -1,6 +1,5 @@
 """Capture: what is watched, what is drawn, which data enter, and what is refused. The oracle checks the numbers."""
 
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -219,30 +218,32 @@ def chosen(preconditioner: natgrad.Preconditioner, n: int) -> list[int]:
     return A.diagonal()[:n].nonzero().flatten().tolist()
 
 
-def test_a_fraction_is_every_kth_datum_from_a_random_start() -> None:
-    """Were the start always the same, data at the other places of a sorted batch would never be seen."""
+def test_a_fraction_is_drawn_anew_at_every_step() -> None:
+    """Were it always the same, the other data of a full batch would never be seen; and the user's stream stays."""
     preconditioner = natgrad.Preconditioner(network(8, 2), "mse", batch_fraction=0.25)
-    state, sets = random.getstate(), []
+    state, sets = torch.get_rng_state(), []
     for step in range(24):
         preconditioner.capture.step = step
         sets.append(tuple(chosen(preconditioner, 8)))
-    assert set(sets) == {(start, start + 4) for start in range(4)}
-    assert random.getstate() == state
+    assert {len(data) for data in sets} == {2}
+    assert {datum for data in sets for datum in data} == set(range(8))
+    assert len(set(sets)) > 12
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("n", "expected"), [(23, 23), (24, 12), (35, 18), (36, 12), (48, 12)])
-def test_auto_keeps_two_rows_for_each_dimension(n: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The larger factor, of size 6, wants 12 rows; fewer than twice as many are all taken."""
-    monkeypatch.setattr(capture, "MIN_ROWS", 10)
+@pytest.mark.parametrize(("n", "expected"), [(5, 5), (6, 6), (7, 6), (11, 6), (48, 6)])
+def test_auto_keeps_a_row_for_each_dimension(n: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The larger factor, of size 6, wants 6 rows."""
+    monkeypatch.setattr(capture, "MIN_ROWS", 1)
     preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
     preconditioner.model(torch.randn(n, 5))
-    assert abs(statistics(preconditioner)["0"].rows - expected) <= 1
+    assert statistics(preconditioner)["0"].rows == expected
 
 
 def test_auto_counts_positions_and_keeps_a_least_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "MIN_ROWS", 30)
     preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
-    preconditioner.model(torch.randn(12, 10, 5))  # 120 rows: every fourth datum
+    preconditioner.model(torch.randn(12, 10, 5))  # 120 rows: a fourth of the data
     assert statistics(preconditioner)["0"].rows == 30
 
 

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from natgrad import damping
-from natgrad.damping import DETERMINED, NOISY, Damping
+from natgrad.damping import Damping, Evidence
 
 pytestmark = pytest.mark.usefixtures("float64")
-NO_UNIT = torch.tensor(torch.nan)
+NO_EVIDENCE = Evidence(float("nan"), float("nan"))
 
 
 def factors() -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def numbers(d: Damping) -> tuple[float, float, float]:
 
 def test_split_is_in_proportion_to_the_mean_eigenvalues() -> None:
     """π = 4, so that both factors are damped by the same share: catches the trace in place of the mean."""
-    a, g, product = numbers(damping.pi_split(0.01)(*factors(), NO_UNIT, True))
+    a, g, product = numbers(damping.pi_split(0.01)(*factors(), NO_EVIDENCE))
     assert (a, g, product) == pytest.approx((0.4, 0.025, 0.0))
     assert a / 4 == pytest.approx(g / 0.25)
     assert a * g == pytest.approx(0.01)
@@ -32,21 +32,39 @@ def test_split_is_in_proportion_to_the_mean_eigenvalues() -> None:
 def test_split_is_equal_where_a_factor_is_zero(zero: tuple[bool, bool]) -> None:
     """Behind dead units π would be 0, infinite or not a number."""
     A, G = (factor * (not z) for factor, z in zip(factors(), zero, strict=True))
-    assert numbers(damping.pi_split(0.01)(A, G, NO_UNIT, True)) == pytest.approx((0.1, 0.1, 0.0))
+    assert numbers(damping.pi_split(0.01)(A, G, NO_EVIDENCE)) == pytest.approx((0.1, 0.1, 0.0))
 
 
-@pytest.mark.parametrize(("determined", "pair"), [(True, DETERMINED), (False, NOISY)])
-def test_automatic_is_relative_for_inputs_and_absolute_for_gradients(
-    determined: bool, pair: tuple[float, float]
-) -> None:
+def test_automatic_is_the_ridge_of_the_evidence() -> None:
+    A, G = torch.diag(torch.tensor([90.0, 1.0, 3.0])), factors()[1]
+    a, g, product = numbers(damping.automatic(A, G, Evidence(noise_to_signal=0.5, curvature=0.2)))
+    assert a == pytest.approx(damping.RIDGE * 0.5 * 2)  # the mean of 1 and 3
+    assert (g, product) == pytest.approx((damping.STIFFNESS * 0.2, 0.0))
+    assert numbers(damping.automatic(9 * A, G, Evidence(0.5, 0.2)))[0] == pytest.approx(9 * a)  # inputs in other units
+    assert numbers(damping.automatic(A, 1e-9 * G, Evidence(0.5, 0.2))) == pytest.approx((a, g, 0.0))
+
+
+@pytest.mark.parametrize(("noise", "bound"), [(0.0, damping.LEAST), (1e9, damping.MOST)])
+def test_automatic_stays_within_what_float32_inverts(noise: float, bound: float) -> None:
     A, G = factors()
-    unit = torch.tensor(0.2)
-    expected = (pair[0] * 4, pair[1] * 0.2, 0.0)
-    assert numbers(damping.automatic(A, G, unit, determined)) == pytest.approx(expected)
-    assert numbers(damping.automatic(A, 1e-9 * G, unit, determined)) == pytest.approx(expected)
-    # A loss in other units has its block, and so its damping, scaled; inputs in other units likewise.
-    assert numbers(damping.automatic(A, 7 * G, 7 * unit, determined))[1] == pytest.approx(7 * expected[1])
-    assert numbers(damping.automatic(9 * A, G, unit, determined))[0] == pytest.approx(9 * expected[0])
+    assert numbers(damping.automatic(A, G, Evidence(noise, 0.2)))[0] == pytest.approx(bound * 4)
+
+
+@pytest.mark.parametrize("blocks", [(), (3,)])
+def test_the_mean_without_the_largest_eigenvalue(blocks: tuple[int, ...]) -> None:
+    """Against an eigendecomposition, for inputs whose mean is far from zero; a diagonal, and a single entry."""
+    rows = torch.randn(*blocks, 50, 8) + 3
+    A = rows.mT @ rows / 50
+    expected = torch.linalg.eigvalsh(A)[..., :-1].mean()
+    assert damping.mean_without_largest(A).item() == pytest.approx(float(expected), rel=1e-6)
+    assert damping.mean_without_largest(torch.tensor([[1.0], [5.0], [3.0]])).item() == pytest.approx(2)
+    assert damping.mean_without_largest(torch.tensor([[7.0]])).item() == pytest.approx(7)
+
+
+def test_the_curvature_counts_every_output_alike() -> None:
+    G, column = factors()[1], torch.tensor([[1.0], [2.0]])
+    assert damping.mean_curvature([G, column]) == pytest.approx((0.75 + 3) / 5)
+    assert damping.mean_curvature([]) == 0
 
 
 @pytest.mark.parametrize(
@@ -61,7 +79,7 @@ def test_automatic_is_relative_for_inputs_and_absolute_for_gradients(
     ],
 )
 def test_what_the_argument_means(told: float | tuple[float, float], inverse: str, expected: tuple[float, ...]) -> None:
-    assert numbers(damping.resolve(told, inverse)(*factors(), NO_UNIT, True)) == pytest.approx(expected)
+    assert numbers(damping.resolve(told, inverse)(*factors(), NO_EVIDENCE)) == pytest.approx(expected)
 
 
 def test_auto_is_the_automatic_rule_for_every_inverse() -> None:

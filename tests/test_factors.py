@@ -61,8 +61,8 @@ def test_average_keeps_its_dtype_and_leaves_what_it_was_given_alone() -> None:
     assert torch.equal(A, random(2, 2, seed=1))
 
 
-@pytest.mark.parametrize(("rows", "enough"), [(199, False), (200, True), (1, False), (10_000, True)])
-def test_two_rows_for_each_dimension_determine_a_factor(rows: int, enough: bool) -> None:
+@pytest.mark.parametrize(("rows", "enough"), [(99, False), (100, True), (1, False), (10_000, True)])
+def test_a_row_for_each_dimension_determines_a_factor(rows: int, enough: bool) -> None:
     assert determines(rows, 100) is enough
 
 

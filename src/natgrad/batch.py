@@ -40,7 +40,7 @@ class Call:
     owner: Layer
     x: Tensor
     edge: GradientEdge
-    data: slice
+    data: slice | Tensor
     upscale: float
     blocks: slice
     use: "list[Call]" = field(default_factory=list)
@@ -49,6 +49,31 @@ class Call:
     def chosen(self, g: Tensor) -> Tensor:
         """Of a gradient at the output, the part that belongs to the data that enter the factors."""
         return g[(slice(None),) * self.layer.data_dim + (self.data,)]
+
+
+@dataclass
+class Sample:
+    """Some data of one use of a layer, with the gradients of the user's own loss.
+
+    Attributes:
+        layer: Whose methods make the rows.
+        xs: What the layer remembered of the inputs, for each call of the use.
+        gs: The gradients of the outputs, as far as they have come.
+        data: Number of data of the use, of which these are some.
+    """
+
+    layer: Layer
+    xs: list[Tensor]
+    gs: list[Tensor | None]
+    data: int
+
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """Rows of x, ([B,] N, S, in), and of the gradient, ([B,] N, S, out); None if no gradient came."""
+        pairs = [(x, g) for x, g in zip(self.xs, self.gs, strict=True) if g is not None]
+        if not pairs:
+            return None
+        x = torch.cat([self.layer.inputs(x) for x, _ in pairs], dim=-2)
+        return x, torch.cat([self.layer.gradients(g, x) for x, g in pairs], dim=-2)
 
 
 @dataclass
@@ -64,6 +89,7 @@ class Forward:
         seen: The model's own output, where the loss module got a rearranged one.
         returned: What the model returned, if a function of the user's made ``output`` from that tensor.
         gradient: Of the user's loss with respect to ``returned`` or else ``output``, once it has arrived.
+        seed: Of the order in which data are chosen: for the factors from its start.
     """
 
     args: tuple[Any, ...]
@@ -74,6 +100,7 @@ class Forward:
     seen: Tensor | None = None
     returned: Tensor | None = None
     gradient: Tensor | None = None
+    seed: int = 0
 
     def listen(self) -> None:
         """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over."""
@@ -98,11 +125,6 @@ class Forward:
         return likelihood.terms(self.output)
 
     @property
-    def positions(self) -> int:
-        """Number of outputs: N times the positions behind the second dimension, which is that of the classes."""
-        return self.output.numel() // (self.output.shape[1] if self.output.ndim > 1 else 1)
-
-    @property
     def data(self) -> int:
         """N."""
         return (self.output if self.seen is None else self.seen).shape[0]
@@ -119,9 +141,9 @@ class Batch:
         forwards: Number of forward passes.
         data: Number of data, summed over the forwards.
         terms: What the loss's reduction divides by, summed over the forwards.
-        positions: Number of data and positions that have an output, summed over the forwards.
         latest: The latest forward.
         spectra: Per layer name with a basis, the sum over data of the squared gradients in it.
+        samples: Per layer name, data with the gradients of the user's loss.
     """
 
     loss: Loss
@@ -130,9 +152,9 @@ class Batch:
     forwards: int = 0
     data: int = 0
     terms: float = 0.0
-    positions: int = 0
     latest: Forward | None = None
     spectra: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[Tensor]:
         """All sums, for a look at whether they are finite."""
@@ -149,13 +171,6 @@ class Batch:
         R = 1.0 / self.terms if likelihood is None else likelihood.scale(self.terms)
         # The user's gradients carry R once, and the empirical Fisher is R Σ ∇c ∇cᵀ.
         return 1.0 / R if self.fisher == "empirical" else R
-
-    def unit(self) -> float:
-        """What a unit of curvature at one entry of every output is in units of the loss."""
-        if self.fisher == "forward":
-            return 1.0
-        likelihood = self.loss.likelihood
-        return self.positions * (1.0 / self.terms if likelihood is None else likelihood.scale(self.terms))
 
     def factors(self, layer: Layer) -> Factors | None:
         """A and G of one layer, in units of the loss; None if no call was captured."""
@@ -189,3 +204,14 @@ class Batch:
         column = fill(size, 1, dtype=dtype, device=parameter.device)
         one = column if diagonal else column.squeeze(-1).diag()
         return one if layer.blocks is None else one.expand(layer.blocks, *one.shape).clone()
+
+
+def shuffled(data: int, seed: int) -> Tensor:
+    """The order in which data are chosen: from its start for the factors, from its end for the quadratic model."""
+    return torch.randperm(data, generator=torch.Generator().manual_seed(seed % 2**63))
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether every entry is finite, with a single synchronization."""
+    largest = torch._foreach_norm([t for t in tensors if t.numel()], torch.inf)
+    return bool(torch.stack([value.double() for value in largest]).isfinite().all())

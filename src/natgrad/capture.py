@@ -10,7 +10,6 @@ The empirical Fisher needs the user's own gradients: there the hooks sit on the 
 arrive during the user's ``backward()``.
 """
 
-import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, get_args
@@ -19,14 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from natgrad.batch import Batch, Call, Fisher, Forward
+from natgrad.batch import Batch, Call, Fisher, Forward, Sample, shuffled
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
 
 # With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time and change little.
-MIN_ROWS = 2048
+MIN_ROWS = 512
+# So many data tell the noise of the gradients to a few percent.
+SAMPLE = 512
 
 
 def check_fisher(fisher: str, likelihood: Likelihood | None) -> None:
@@ -56,6 +57,7 @@ class Capture:
         sharing: Weight sharing, by layer name.
         output: From the model's return value to the tensor that the loss sees.
         seed: With the number of the step it seeds every draw, so that a resumed run repeats them.
+        sampling: Whether the user's own gradients of some data are kept as well.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class Capture:
         sharing: dict[str, Sharing],
         output: Callable[[Any], Tensor] | None,
         seed: int,
+        sampling: bool,
     ) -> None:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.sharing, self.output, self.seed = batch_fraction, sharing, output, seed
+        self.sampling = sampling
         self.enabled = True
         self.step = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
@@ -80,7 +84,7 @@ class Capture:
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
         self._waiting: Forward | None = None  # for the loss module to be called
         self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
-        self._offset = 0.0  # in [0, 1): where in every k data the chosen one is; the same for all calls of a forward
+        self._forward_seed = 0
         self._handles = [handle for layer in layers for handle in layer.watch(self)]
         self._handles += [
             model.register_forward_pre_hook(self._before_model),
@@ -136,7 +140,7 @@ class Capture:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._calls = [] if torch.is_grad_enabled() else None
-        self._offset = random.Random(self._draw()).random()
+        self._forward_seed = self._draw()
 
     def record(self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
@@ -152,7 +156,7 @@ class Capture:
         calls, self._calls = self._calls, None
         if calls is None:
             return
-        forward = Forward(args, kwargs, self.select(raw), self._uses(calls))
+        forward = Forward(args, kwargs, self.select(raw), self._uses(calls), seed=self._forward_seed)
         if self.loss.module is None:
             if self.output is not None and isinstance(raw, Tensor):
                 forward.returned = raw
@@ -201,12 +205,14 @@ class Capture:
                     self._statistics(use[0]).add_inputs(moment, use[0].blocks)
                 if self.fisher in ("mc", "exact"):
                     self._backpropagate(forward)
+            if self.sampling:
+                for use in forward.uses:
+                    self._sample(use)
         if forward.gradient is None:
             forward.listen()
         self.batch.forwards += 1
         self.batch.data += forward.data
         self.batch.terms += forward.terms(self.loss.likelihood)
-        self.batch.positions += forward.positions
         if self.fisher == "empirical":
             self._open += [use for use in forward.uses if len(use) > 1]
         forward.release()
@@ -219,8 +225,8 @@ class Capture:
         """
         together: dict[Any, list[Call]] = {}
         for number, call in enumerate(calls):
-            joined = self.bases is not None or self.sharing[call.owner.name] == "reduce"
-            same = (call.owner.name, call.owner.swaps(call.layer), str(call.blocks), str(call.data), len(call.x))
+            joined = self.sampling or self.bases is not None or self.sharing[call.owner.name] == "reduce"
+            same = (call.owner.name, call.owner.swaps(call.layer), str(call.blocks), len(call.x))
             key = same if joined else number
             call.use = together.setdefault(key, [])
             call.use.append(call)
@@ -282,27 +288,59 @@ class Capture:
             total = first.layer.squared_gradients(x, g, (Q_A, Q_G))
             self.batch.add_squares(first.owner, total, first.blocks, weight)
 
+    def _sample(self, use: list[Call]) -> None:
+        """Note the gradients that the user's backward pass brings to some of the data; our own passes must be over."""
+        first = use[0]
+        if not first.owner.per_datum or first.owner.swaps(first.layer) or first.blocks != slice(None):
+            return
+        data = len(first.x)
+        every = max(1, round(data / SAMPLE))
+        sample = Sample(
+            first.layer, [c.x[::every].clone() for c in use], [None] * len(use), round(data * first.upscale)
+        )
+        self.batch.samples.setdefault(first.owner.name, []).append(sample)
+        for number, call in enumerate(use):
+            # Nothing that leads to the graph may be kept by a hook on the graph: neither would ever be freed.
+            keep = partial(_keep, sample, number, call.edge.output_nr, call.layer.data_dim, call.data, every)
+            call.edge.node.register_prehook(keep)
+
     def _statistics(self, call: Call) -> Statistics:
         key = (call.owner.name, call.owner.swaps(call.layer))
         return self.batch.statistics.setdefault(key, Statistics(call.layer.blocks))
 
-    def _choose(self, layer: Layer, z: Tensor) -> tuple[slice, float]:
-        """Every k-th datum of the batch, from a random start, as a view; and all data over these."""
+    def _choose(self, layer: Layer, z: Tensor) -> tuple[slice | Tensor, float]:
+        """Some data of the batch, drawn anew at each forward; and all data over these."""
         n = z.shape[layer.data_dim]
         if z.ndim < 2 or n == 0:
             return slice(None), 1.0
         if self.batch_fraction == "auto":
             rows = z.numel() // (layer.shape[0] * (layer.blocks or 1))
-            every = rows // max(MIN_ROWS, ROWS_PER_DIMENSION * max(layer.shape))
+            share = max(MIN_ROWS, ROWS_PER_DIMENSION * max(layer.shape)) / max(rows, 1)
         else:
-            every = round(1 / self.batch_fraction)
-        every = min(max(every, 1), n)
-        start = int(self._offset * every)
-        return slice(start, None, every), n / len(range(start, n, every))
+            share = self.batch_fraction
+        kept = max(1, round(share * n))
+        if kept >= n:
+            return slice(None), 1.0
+        return shuffled(n, self._forward_seed)[:kept].to(z.device), n / kept
 
     def _draw(self) -> int:
         """The seed of this forward's draws, different for every step and micro-batch."""
         return ((self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards) % 2**63
+
+
+def _keep(
+    sample: Sample,
+    number: int,
+    output: int,
+    dim: int,
+    data: slice | Tensor,
+    every: int,
+    gradients: tuple[Tensor | None, ...],
+) -> None:
+    g = gradients[output]
+    if g is not None:
+        leading = (slice(None),) * dim
+        sample.gs[number] = g.detach()[(*leading, data)][(*leading, slice(None, None, every))].clone()
 
 
 def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:

@@ -131,25 +131,26 @@ def curvature(
         torch.Size([8, 8])
     """
     parts = partition(model)
-    parts.require_layers()
+    layers = parts.require_layers()
     meaning = resolve(loss)
     check_fisher(fisher, meaning.likelihood)
     capture = Capture(
         model,
-        parts.layers,
+        layers,
         meaning,
         fisher=fisher,
         mc_samples=mc_samples,
         batch_fraction=1.0,
-        sharing=resolve_sharing(sharing, [layer.name for layer in parts.layers]),
+        sharing=resolve_sharing(sharing, [layer.name for layer in layers]),
         output=output,
         seed=seed,
+        sampling=False,
     )
     batches = [(x, y)] if y is not None or isinstance(x, Tensor) else x
     try:
         batch = _pass(capture, model, progress(batches))
         blocks: dict[str, Block] = {}
-        for layer in parts.layers:
+        for layer in layers:
             factors = batch.factors(layer)
             if factors is not None:
                 blocks[layer.name] = Block.of(layer, *factors)

@@ -1,20 +1,31 @@
 """Stage 7, first half: how much is added to the factors before they are inverted.
 
-What enters are the factors A and G of one layer, the number of rows that a batch gives them and the scale of the loss;
-what leaves is a :class:`Damping`, the numbers λ_A, λ_G and δ in
+What enters are the factors A and G of one layer and an :class:`Evidence`; what leaves is a :class:`Damping`, the
+numbers λ_A, λ_G and δ in
 
     (G + λ_G I) ⊗ (A + λ_A I) + δ I.
 
-A rule is a function from the factors to these. Three are enough:
+A rule is a function from the one to the other. Three are enough:
 
 - ``per_factor``: λ_A and λ_G as given.
 - ``pi_split``: factored Tikhonov damping, λ_A = π √δ and λ_G = √δ / π with π² = mean diag A / mean diag G (Martens and
   Grosse 2015, arXiv:1503.05671, section 6.3).
-- ``automatic``: λ_A relative to A, λ_G absolute in units of the loss's Hessian at the output, the same for every layer.
-  Where G is tiny, as on a plateau, the π split gives A so much damping that the small directions of A, which carry the
-  information, are masked; an absolute λ_G leaves A alone. A batch that determines a factor well is trusted in its small
-  directions. One that does not sees mostly noise there: then A is damped to a multiple of the identity, and G, which
-  says how outputs interact, is trusted the more. Measured in ``docs/decisions.md``.
+- ``automatic``: λ_A from the evidence in the batch, λ_G from the curvature of the whole network.
+
+A step (·) A⁻¹ is a linear regression of what the layer's outputs should become on its inputs. If the N data are noisy,
+it has a best ridge. With inputs of covariance A of d dimensions, weights that should change by independent amounts of
+variance τ², and noise of variance σ², it is λ = σ² / (N τ²). Measured in the metric of the step itself the gradient ḡ
+has
+
+    signal   E ḡᵀ A⁻¹ ḡ − noise = τ² tr A        noise   d σ² / N
+
+so λ_A = (tr A / d) · noise / signal: nothing but the data sets it. A plateau, where gradients are tiny and yet agree,
+gets almost none; a minibatch whose gradients are mostly noise gets many times the mean of A. Inputs often have one
+direction far larger than all others, their mean; the regression is about the others, hence the mean eigenvalue without
+the largest.
+
+λ_G bounds how far the outputs of a layer move, where the loss is not quadratic in them. It is the same for every layer,
+as the small G of a layer on a plateau says nothing about how far it may go. Measured in ``docs/decisions.md``.
 """
 
 from collections.abc import Sequence
@@ -24,9 +35,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Of `automatic`: λ_A in units of the mean diagonal of A, λ_G in units of the loss's Hessian at the output; for layers
-# whose factors a batch determines, and for the others.
-DETERMINED, NOISY = (0.1, 3e-3), (30.0, 3e-4)
+# Of `automatic`: the ridge in units of the one derived above, λ_G in units of the network's mean curvature of an
+# output.
+RIDGE, STIFFNESS = 10.0, 0.2
+# λ_A stays between these, in units of the mean eigenvalue of A: float32 inverts no worse, and nothing moves beyond.
+LEAST, MOST = 1e-3, 1e4
+POWER_ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the batch says about one layer.
+
+    Attributes:
+        noise_to_signal: Of the gradient, in the metric of the step.
+        curvature: Mean diagonal of G over all layers.
+    """
+
+    noise_to_signal: float = 1.0
+    curvature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,31 +68,30 @@ class Damping:
 class DampingRule(Protocol):
     """From the factors of a layer to their damping."""
 
-    def __call__(self, A: Tensor, G: Tensor, unit: Tensor, determined: bool) -> Damping:
+    def __call__(self, A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
         """The damping.
 
         Args:
             A: ([B,] in [+ 1], in [+ 1]), or a column if kept as a diagonal.
             G: ([B,] out, out), or a column.
-            unit: What a unit of curvature at one entry of every output is in units of the loss; a scalar.
-            determined: Whether one batch has enough rows to determine the factors by itself.
+            evidence: What the batch says about the layer.
         """
 
 
 def per_factor(a: float, g: float) -> DampingRule:
     """The same λ_A and λ_G for every layer."""
-    return lambda A, G, unit, determined: Damping(a, g)
+    return lambda A, G, evidence: Damping(a, g)
 
 
 def exact(delta: float) -> DampingRule:
     """δ added to the whole block, which only an eigendecomposition can invert."""
-    return lambda A, G, unit, determined: Damping(0.0, 0.0, delta)
+    return lambda A, G, evidence: Damping(0.0, 0.0, delta)
 
 
 def pi_split(delta: float) -> DampingRule:
     """δ split between the factors in proportion to their mean eigenvalues; equally where one of them is zero."""
 
-    def rule(A: Tensor, G: Tensor, unit: Tensor, determined: bool) -> Damping:
+    def rule(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
         squared = mean_diagonal(A) / mean_diagonal(G)
         pi = torch.where((squared > 0) & squared.isfinite(), squared, 1.0).sqrt()
         return Damping(pi * delta**0.5, delta**0.5 / pi)
@@ -73,10 +99,11 @@ def pi_split(delta: float) -> DampingRule:
     return rule
 
 
-def automatic(A: Tensor, G: Tensor, unit: Tensor, determined: bool) -> Damping:
-    """λ_A relative to A, λ_G in units of the loss's Hessian at the output."""
-    relative_a, absolute_g = DETERMINED if determined else NOISY
-    return Damping(relative_a * mean_diagonal(A), absolute_g * unit)
+def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
+    """λ_A from noise and signal, λ_G from the curvature of the whole network."""
+    mean = mean_diagonal(A)
+    ridge = RIDGE * evidence.noise_to_signal * mean_without_largest(A)
+    return Damping(ridge.clamp(LEAST * mean, MOST * mean), STIFFNESS * evidence.curvature)
 
 
 def resolve(damping: float | tuple[float, float] | str, inverse: str) -> DampingRule:
@@ -100,6 +127,32 @@ def resolve(damping: float | tuple[float, float] | str, inverse: str) -> Damping
 def mean_diagonal(factor: Tensor) -> Tensor:
     """tr F / dim F, averaged over blocks; of a dense factor, (…, d, d), or a diagonal one, (…, d, 1)."""
     return (factor if factor.shape[-1] == 1 else factor.diagonal(dim1=-2, dim2=-1)).mean()
+
+
+def mean_curvature(factors: Sequence[Tensor]) -> float:
+    """Mean diagonal entry of the G of several layers, all of their outputs counting alike."""
+    traces = [mean_diagonal(G).double() * G.shape[-2] for G in factors]
+    sizes = sum(G.shape[-2] for G in factors)
+    return float(torch.stack([trace.cpu() for trace in traces]).sum()) / sizes if factors else 0.0
+
+
+def mean_without_largest(factor: Tensor) -> Tensor:
+    """The mean eigenvalue of all but the largest, averaged over blocks; the eigenvalue itself if there is only one."""
+    size = factor.shape[-2]
+    if size == 1:
+        return factor.mean()
+    diagonal = factor.squeeze(-1) if factor.shape[-1] == 1 else factor.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.amax(-1) if factor.shape[-1] == 1 else _largest_eigenvalue(factor)
+    return ((diagonal.sum(-1) - largest) / (size - 1)).clamp(min=0).mean()
+
+
+def _largest_eigenvalue(factor: Tensor) -> Tensor:
+    """By a few power iterations from the sum of the rows, in which an eigenvector of the mean is well represented."""
+    v = factor.sum(-1, keepdim=True)
+    for _ in range(POWER_ITERATIONS):
+        v = factor @ (v / v.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny))
+    largest: Tensor = v.norm(dim=-2).squeeze(-1)
+    return largest
 
 
 def mean(dampings: Sequence[Damping]) -> dict[str, float]:

@@ -66,6 +66,8 @@ def condition_numbers(state: Mapping[str, Tensor], damping: Damping) -> Values:
 
     Directions that the inverse leaves out do not count.
     """
+    if "spectrum" in state:
+        return {"condition": _spread((state["spectrum"] + state["shift"]).flatten(-2))}
     if "scale" in state:
         curvature = torch.where(state["scale"] > 0, 1 / state["scale"], 0.0)  # eigenvalues of the damped block
         values: Values = {"condition": _spread(curvature.flatten(-2))}

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from natgrad.layers import Moment, Sharing
 
-# So many rows for each of its dimensions make a factor well conditioned by themselves; fewer are averaged over steps,
-# with the decay that kfac-jax uses.
-ROWS_PER_DIMENSION, LONG_DECAY = 2, 0.95
+# So many rows for each of its dimensions determine a factor well enough, damped as it will be; fewer are averaged over
+# steps, with the decay that kfac-jax uses.
+ROWS_PER_DIMENSION, LONG_DECAY = 1, 0.95
 
 Factors = tuple[Tensor, Tensor]
 """(A, G)."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from natgrad.damping import Damping
-from natgrad.layers import Bases
+from natgrad.layers import Bases, Layer
 
 # A failed Cholesky factorization is retried with this much of the mean diagonal added, then ten times as much, ….
 FIRST_JITTER, LAST_JITTER = 1e-8, 1e2
@@ -35,6 +35,17 @@ class Inverse(ABC):
         """What ``solve`` needs, as named tensors."""
 
     @abstractmethod
+    def lengths(self, inverse: dict[str, Tensor], layer: Layer, x: Tensor, g: Tensor) -> Tensor:
+        """Σ_n tr V_nᵀ(block⁻¹ V_n), with V_n = Σ_s g_ns x_nsᵀ the gradients of single data.
+
+        Args:
+            inverse: What ``factorize`` returned.
+            layer: Whose they are.
+            x: Rows of the input, ([B,] N, S, in).
+            g: Rows of the gradient, ([B,] N, S, out).
+        """
+
+    @abstractmethod
     def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
         """The inverse of the damped block times V, (out, in [+ 1])."""
 
@@ -47,6 +58,17 @@ class CholeskyInverse(Inverse):
     def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
         """``A_inverse`` and ``G_inverse``."""
         return {"A_inverse": invert(A, damping.a, "A"), "G_inverse": invert(G, damping.g, "G")}
+
+    def lengths(self, inverse: dict[str, Tensor], layer: Layer, x: Tensor, g: Tensor) -> Tensor:
+        """In the basis of a root of each inverse, in which the block is the identity."""
+        factors = inverse["A_inverse"], inverse["G_inverse"]
+        # Columns count as the identity there, and are made up for afterwards.
+        roots = [P if P.shape[-1] == 1 else torch.linalg.cholesky_ex(P)[0] for P in factors]
+        squares = layer.squared_gradients(x, g, (roots[0], roots[1]))
+        for P, side in zip(factors, (squares.mT, squares), strict=True):
+            if P.shape[-1] == 1:
+                side.mul_(P)
+        return squares.sum()
 
     def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
         """G⁻¹ V A⁻¹."""
@@ -64,6 +86,10 @@ class EigenInverse(Inverse):
         g, Q_G = eigh(G)
         denominator = (g.clamp(min=0) + damping.g).unsqueeze(-1) * (a.clamp(min=0) + damping.a).unsqueeze(-2)
         return {"scale": reciprocal(denominator + damping.product), "A_basis": Q_A, "G_basis": Q_G}
+
+    def lengths(self, inverse: dict[str, Tensor], layer: Layer, x: Tensor, g: Tensor) -> Tensor:
+        """In the eigenbasis."""
+        return torch.sum(inverse["scale"] * layer.squared_gradients(x, g, (inverse["A_basis"], inverse["G_basis"])))
 
     def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
         """To the eigenbasis, divide, and back."""
@@ -91,6 +117,11 @@ class EkfacInverse(Inverse):
         shift = damping.g * a + g * damping.a + damping.g * damping.a + damping.product
         age = torch.ones((), dtype=A.dtype)
         return {"spectrum": g * a, "spectrum_age": age, "shift": shift, "A_basis": Q_A, "G_basis": Q_G}
+
+    def lengths(self, inverse: dict[str, Tensor], layer: Layer, x: Tensor, g: Tensor) -> Tensor:
+        """In the eigenbasis."""
+        scale = reciprocal(inverse["spectrum"] + inverse["shift"])
+        return torch.sum(scale * layer.squared_gradients(x, g, (inverse["A_basis"], inverse["G_basis"])))
 
     def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
         """To the eigenbasis, divide, and back."""

@@ -173,7 +173,7 @@ class KFAC(torch.optim.Optimizer):
                 "`step()` with an automatic rate: the model's latest forward pass since the last step had no backward "
                 "pass. Call the model under `torch.no_grad()` where its output is not trained on."
             )
-        return quadratic.LocalModel(pre.model, likelihood, pre.capture.select, forward, pre.batch.terms, seed=pre.steps)
+        return quadratic.LocalModel(pre.model, likelihood, pre.capture.select, forward, pre.batch.terms, forward.seed)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

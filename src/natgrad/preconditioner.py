@@ -2,8 +2,8 @@
 
 :class:`Preconditioner` joins the stages below it for one model. Per step: fold the captured statistics into the running
 factors, refresh the inverses when they are due, and solve for each layer. Its state is tensors in a mapping from each
-layer's first parameter: ``A``, ``G`` and ``age`` (the running average), ``unit`` (the scale of the loss), what the
-inverse stores, and ``step``.
+layer's first parameter: ``A``, ``G`` and ``age`` (the running average), ``noise`` (of the gradient), what the inverse
+stores, and ``step``.
 """
 
 import logging
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import damping as dampings
-from natgrad import diagnostics
-from natgrad.batch import Batch, Fisher
+from natgrad import diagnostics, noise
+from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture, check_fisher
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
-from natgrad.layers import Bases, Layer, Sharing, partition
+from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
 
@@ -64,11 +64,11 @@ class Preconditioner:
             ``inverse_period=1`` it is ``"eigen"``. A datum is an entry of the first dimension that the layer sees. An
             embedding that shares its weight with a linear layer keeps the eigenvalues of ``"eigen"``.
         factor_decay: Weight ρ of the running average of the factors; 0 uses the current batch alone, as ``"auto"`` does
-            for a layer to which the batch gives two rows for each dimension; with fewer it means 0.95.
+            for a layer to which the batch gives a row for each dimension; with fewer it means 0.95.
         curvature_period: Steps between updates of the factors.
         inverse_period: Steps between updates of the inverses.
         batch_fraction: Share of the data whose rows enter the factors; ``"auto"`` takes all of a small batch and, of a
-            large one, two rows for each dimension of the larger factor but no fewer than 2,048.
+            large one, a row for each dimension of the larger factor but no fewer than 512, drawn anew at each step.
         sharing: ``"expand"`` or ``"reduce"``, for all layers or by layer name.
         output: From the model's return value to the tensor that the loss sees.
         seed: Of the samples for ``"mc"``.
@@ -125,15 +125,14 @@ class Preconditioner:
             raise ValueError(f"`kl_clip` must be positive or None, not {kl_clip!r}.")
         self.model = unwrap(model)
         self.partition = partition(self.model)
-        self.partition.require_layers()
-        self.layers = self.partition.layers
+        self.layers = self.partition.require_layers()
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
         self.curvature_period, self.inverse_period = curvature_period, inverse_period
         self.damping_rule = dampings.resolve(damping, inverse)
         self.state: State = defaultdict(dict)
         self.skipped_steps = 0
         self.batch = Batch(self.loss, fisher)
-        self._inverse = INVERSES[inverse]
+        self._inverse, self._moved = INVERSES[inverse], set[str]()  # layers whose factors are newer than their inverse
         self.applied: dict[str, diagnostics.Applied] = {}
         self.capture = Capture(
             self.model,
@@ -145,6 +144,7 @@ class Preconditioner:
             sharing=resolve_sharing(sharing, [layer.name for layer in self.layers]),
             output=output,
             seed=seed,
+            sampling=damping == "auto",
         )
         if inverse == "ekfac":
             self.capture.bases = self._bases
@@ -198,7 +198,7 @@ class Preconditioner:
         self._check_seen(batch)
         for layer in self.layers:
             self._update_factors(layer, batch)
-        self._refresh_inverses()
+        self._update_inverses(batch)
         for layer in self.layers:
             state = self._state(layer)
             state["step"] = state.get("step", torch.zeros(())) + 1
@@ -249,7 +249,7 @@ class Preconditioner:
               has several. With ``inverse="eigen"`` exact, else a lower bound by power iterations, usually within a
               tenth.
             - ``condition_a/<layer>``, ``condition_g/<layer>``: the same of the damped factors, whose product is the
-              block; not where ``damping`` is added to it.
+              block; not where ``damping`` is added to it, nor with ``inverse="ekfac"``.
         """
         latest = self.steps - 1
         values: diagnostics.Values = {"skipped_steps": float(self.skipped_steps)}
@@ -295,6 +295,7 @@ class Preconditioner:
     def resume(self) -> None:
         """Let the capture go on from the step that the state is at."""
         self.applied.clear()
+        self._moved = {layer.name for layer in self.layers}
         self.capture.take()
         self.capture.step = self.steps
         self.capture.enabled = self.steps % self.curvature_period == 0
@@ -333,24 +334,49 @@ class Preconditioner:
         if factors is None:
             return
         state = self._state(layer)
-        determined = determines(batch.rows(layer.name), max(layer.shape))
         decay = self.factor_decay
         if decay == "auto":
-            decay = 0.0 if determined else LONG_DECAY
+            decay = 0.0 if determines(batch.rows(layer.name), max(layer.shape)) else LONG_DECAY
         update_average(state, {"A": factors[0], "G": factors[1]}, decay)
+        self._moved.add(layer.name)
         spectrum = batch.spectrum(layer)
         if spectrum is not None:
             update_average(state, {"spectrum": spectrum}, decay, "spectrum_age")
-        state["unit"] = torch.tensor(batch.unit())
-        state["determined"] = torch.tensor(determined)
 
-    def _refresh_inverses(self) -> None:
+    def _update_inverses(self, batch: Batch) -> None:
+        """Measure the noise by the metric that is there, and then refresh what is due."""
+        key = self._inverse.names[0]
+        started = [layer for layer in self.layers if "A" in self._state(layer)]
+        missing = {layer.name for layer in started if key not in self._state(layer)}
+        first = len(missing) == len(started)
+        if first and self.capture.sampling:
+            # There is no metric yet: a first one stands on no evidence, and is good enough to gather some.
+            self._refresh_inverses(started)
+            self._measure_noise(batch, anew=True)
+            self._refresh_inverses(started)
+        self._measure_noise(batch, anew=first)
+        stale = missing | (self._moved if self._due else set())
+        self._refresh_inverses([layer for layer in started if layer.name in stale])
+
+    def _measure_noise(self, batch: Batch, anew: bool) -> None:
         for layer in self.layers:
+            state, samples = self._state(layer), batch.samples.get(layer.name)
+            if samples and self._inverse.names[0] in state:
+                latest = noise.measure(layer, samples, self._inverse, state)
+                if latest is not None:
+                    noise.remember(state, latest, anew)
+
+    def _refresh_inverses(self, layers: list[Layer]) -> None:
+        states = [state for state in self.states().values() if "A" in state]
+        curvature = dampings.mean_curvature([state["G"] for state in states if state["A"].shape[-2] > 1])
+        pooled = noise.ratio([state["noise"] for state in states if "noise" in state])
+        for layer in layers:
             state = self._state(layer)
-            if "A" in state and (self._due or self._inverse.names[0] not in state):
-                damping = self.damping_rule(state["A"], state["G"], state["unit"], bool(state["determined"]))
-                state.update(self._inverse.factorize(state["A"], state["G"], damping))
-                self.applied[layer.name] = diagnostics.Applied(damping, self.steps)
+            own = noise.ratio([state["noise"]]) if "noise" in state else pooled
+            damping = self.damping_rule(state["A"], state["G"], dampings.Evidence(own, curvature))
+            state.update(self._inverse.factorize(state["A"], state["G"], damping))
+            self.applied[layer.name] = diagnostics.Applied(damping, self.steps)
+            self._moved.discard(layer.name)
 
 
 def clip_scale(natural: dict[nn.Parameter, Tensor], bound: float) -> float:
@@ -358,12 +384,6 @@ def clip_scale(natural: dict[nn.Parameter, Tensor], bound: float) -> float:
     products = [torch.sum(d * p.grad) for p, d in natural.items() if p.grad is not None]
     length = float(torch.stack(products).sum()) if products else 0.0
     return min(1.0, (bound / length) ** 0.5) if length > 0 else 1.0
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every entry is finite, with a single synchronization."""
-    largest = torch._foreach_norm([t for t in tensors if t.numel()], torch.inf)
-    return bool(torch.stack([value.double() for value in largest]).isfinite().all())
 
 
 def check_positive(**numbers: int) -> None:
@@ -376,9 +396,3 @@ def check_positive(**numbers: int) -> None:
 def is_number(value: object) -> bool:
     """Whether a keyword, which may also be a word, is a number."""
     return isinstance(value, float | int)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside a data-parallel wrapper."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return model.module if isinstance(model, wrappers) else model

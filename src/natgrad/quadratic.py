@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from natgrad.batch import Forward
+from natgrad.batch import Forward, shuffled
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
@@ -66,10 +66,9 @@ class LocalModel:
         size = max(MIN_DATA, round(SHARE * forward.data))
         self.chosen: slice | Tensor = slice(None)
         if size < forward.data:
-            # Drawn anew at every step, and never in the pattern of the rows of the factors: on the very data whose
+            # Drawn anew at every step, and as far as possible not from the data of the factors: on the very data whose
             # factors made the direction, its curvature would look too small.
-            generator = torch.Generator().manual_seed(seed)
-            self.chosen = torch.randperm(forward.data, generator=generator)[:size].to(forward.output.device)
+            self.chosen = shuffled(forward.data, seed)[-size:].to(forward.output.device)
         self.args, self.kwargs = subsample(forward, self.chosen)
         self.rearrange = rearrangement(forward)
         self.forward = forward

@@ -21,10 +21,10 @@ class Partition:
     layers: list[Layer]
     reasons: dict[str, str]
 
-    def require_layers(self) -> None:
-        """Raise a ``ValueError`` that lists the reasons when no layer is left."""
+    def require_layers(self) -> list[Layer]:
+        """The layers; a ``ValueError`` that lists the reasons when there is none."""
         if self.layers:
-            return
+            return self.layers
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:5])
         raise ValueError(
             f"the model has no layer that natgrad can precondition (it knows {registered_names()}). "
@@ -108,3 +108,9 @@ def _reason(name: str, parameter: nn.Parameter, why: dict[str, str]) -> str:
         return FROZEN
     module = name.rpartition(".")[0].partition(".parametrizations")[0]
     return why.get(module, "not part of its layer's matrix")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside a data-parallel wrapper."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, wrappers) else model

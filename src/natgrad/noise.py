@@ -1,0 +1,63 @@
+"""Signal and noise of a layer's gradient, from how much the gradients of single data differ.
+
+The gradient V = Σ_n V_n is a sum over N data. In the metric P of the preconditioner, its squared length is that of its
+expectation plus that of its noise, and the second is known from the gradients of some of the data:
+
+    total   tr VᵀP(V)        noise   N · mean_n tr V_nᵀP(V_n) − total / N
+
+Both are averaged over steps, as each is noisy where the one hardly exceeds the other.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from natgrad.batch import Sample
+from natgrad.inverses import Inverse
+from natgrad.layers import Layer
+
+# Of the running averages; and the least share of signal that is believed, as no finite number of steps can show less.
+DECAY, LEAST_SIGNAL = 0.9, 1e-3
+State = dict[str, Tensor]
+
+
+def measure(layer: Layer, samples: Sequence[Sample], inverse: Inverse, state: State) -> Tensor | None:
+    """(total, noise) of one batch, or None if no gradient of single data came.
+
+    Args:
+        layer: Whose gradient it is; its parameters hold it.
+        samples: Of its data.
+        inverse: How the metric is kept.
+        state: The layer's, with the metric in it.
+    """
+    gradients = [p.grad for p in layer.parameters if p.grad is not None]
+    if len(gradients) < len(layer.parameters):
+        return None
+    V = layer.to_matrix(gradients).to(state["A"].dtype)
+    data = sum(sample.data for sample in samples)
+    energy = torch.zeros((), dtype=V.dtype, device=V.device)
+    for sample in samples:
+        rows = sample.rows()
+        if rows is not None:
+            energy = energy + sample.data * inverse.lengths(state, layer, *rows) / rows[1].shape[-3]
+    total = torch.sum(inverse.solve(state, V) * V)
+    if not data or not energy > 0 or not total > 0:
+        return None
+    return torch.stack([total, (energy - total / data).clamp(min=0)])
+
+
+def remember(state: State, latest: Tensor, anew: bool) -> None:
+    """Fold the latest (total, noise) into the running average."""
+    if anew or "noise" not in state:
+        state["noise"] = latest
+    else:
+        state["noise"].lerp_(latest.to(state["noise"].dtype), 1 - DECAY)
+
+
+def ratio(averages: Sequence[Tensor]) -> float:
+    """Noise over signal, of one layer or pooled over several; 1 if nothing is known."""
+    if not averages:
+        return 1.0
+    total, noise = torch.stack([average.double() for average in averages]).sum(0).tolist()
+    return 1.0 / max(total / noise - 1.0, LEAST_SIGNAL) if noise > 0 else 0.0
