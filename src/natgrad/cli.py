@@ -23,6 +23,7 @@ from natgrad.experiments import compare as comparison
 from natgrad.experiments import demo as preset
 from natgrad.experiments import experiment
 from natgrad.experiments import newton as derivation
+from natgrad.experiments.bench.commands import app as bench
 from natgrad.experiments.contestants import CONTESTANTS
 from natgrad.experiments.settings import DEFAULT_STEPS, NONLINEARITIES, Settings, SettingsError
 from natgrad.layers import Sharing
@@ -30,6 +31,7 @@ from natgrad.verify import MAX_PARAMETERS
 
 # Typer's own tracebacks print every local variable, tensors included.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(bench, name="bench")
 
 # The options' own default is None, so that a resumed run knows which ones were given.
 _STEPS_DEFAULT = f"(default: {DEFAULT_STEPS}, or none with --seconds)"

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from natgrad.experiments import mnist
+from natgrad.experiments import download, mnist
+from natgrad.experiments.download import DownloadError
 
 
 def idx(shape: tuple[int, ...], values: list[int]) -> bytes:
@@ -67,7 +68,7 @@ def test_files_put_into_the_cache_by_hand_need_no_network(small_mnist):
 def test_offline_message_says_what_from_where_and_what_to_do(small_mnist):
     put_all(small_mnist)
     (small_mnist / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(mnist.DownloadError) as caught:
+    with pytest.raises(DownloadError) as caught:
         mnist.download()
     message = str(caught.value)
     assert "could not fetch t10k-labels-idx1-ubyte.gz" in message
@@ -82,7 +83,7 @@ def test_offline_message_says_what_from_where_and_what_to_do(small_mnist):
 def test_a_corrupt_file_is_not_used(small_mnist):
     put_all(small_mnist)
     (small_mnist / "train-labels-idx1-ubyte.gz").write_bytes(idx((2,), [1, 1]))
-    with pytest.raises(mnist.DownloadError, match="train-labels"):
+    with pytest.raises(DownloadError, match="train-labels"):
         mnist.download()
 
 
@@ -97,7 +98,7 @@ def test_the_second_mirror_is_tried_when_the_first_fails(small_mnist, monkeypatc
         (Path(path) / fname).write_bytes(FILES[fname])
         return str(Path(path) / fname)
 
-    monkeypatch.setattr(mnist.pooch, "retrieve", retrieve)
+    monkeypatch.setattr(download.pooch, "retrieve", retrieve)
     assert mnist.download().train_labels.tolist() == [7, 8]
     assert [url.split("/")[3] for url in asked] == ["first", "second"] * 4
 

@@ -1,6 +1,6 @@
 """The named experiments: what ``natgrad`` runs on the command line.
 
-- `mnist`: the data, 20,000 images shipped with the package, the full set on demand.
+- `mnist`, `download`: the data, 20,000 images shipped with the package, the full set on demand.
 - `settings`, `autoencoder`: what one run is, and the article's network, loss and batches.
 - `contestants`: the registry of optimizers, and one optimizer at work on its own copy of the network.
 - `race`: who takes the next step, so that the machine's noise hits all alike.
@@ -9,6 +9,7 @@
 - `progress`, `thresholds`, `table`, `plot`: what is shown, while it runs and after.
 - `charts`, `internals`, `colours`, `page`: the same and more as a page for the browser, with `html/` as its template.
 - `experiment`, `compare`, `demo`: the three of them put together, one function each; `natgrad.cli` calls them.
+- `bench`: the benchmark suite.
 
 Everything here needs the extra ``natgrad[experiments]``; the library itself needs torch alone.
 """

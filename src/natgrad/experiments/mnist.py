@@ -1,22 +1,22 @@
 """MNIST: 20,000 images shipped with the package, the full set on demand.
 
 - `embedded`: the first 20,000 training images, enough for the article's experiment; needs no network.
-- `download`: the full 60,000 + 10,000, fetched once, checked, and cached.
+- `download`: the full 60,000 + 10,000, fetched once (`natgrad.experiments.download`).
 
 Images are (N, 784) float32 in [0, 1], labels (N,) int64. Files are IDX: a big-endian header (two zero bytes, a type
 code, the number of dimensions, the dimensions), then the bytes.
 """
 
 import gzip
-import os
 import struct
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-import pooch  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
+
+from natgrad.experiments.download import fetch
 
 DATA = files("natgrad.experiments") / "data"
 
@@ -32,6 +32,11 @@ MD5 = {
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
 
+_WITHOUT = (
+    "Without it, whatever uses `mnist.embedded()` works: `natgrad demo`, `natgrad autoencoder` and the test suite run "
+    "on the 20,000 images shipped with natgrad."
+)
+
 
 class Mnist(NamedTuple):
     """The full data set: images (N, 784) float32 in [0, 1], labels (N,) int64."""
@@ -40,10 +45,6 @@ class Mnist(NamedTuple):
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-
-
-class DownloadError(OSError):
-    """The full data set could not be fetched; the message says what to do instead."""
 
 
 def embedded() -> tuple[Tensor, Tensor]:
@@ -60,8 +61,6 @@ def embedded() -> tuple[Tensor, Tensor]:
 def download() -> Mnist:
     """The full MNIST, fetched on first use and cached.
 
-    The cache is the user's cache folder for natgrad, or the folder named by the environment variable ``NATGRAD_DATA``.
-
     Returns:
         60,000 training and 10,000 test images with their labels.
 
@@ -77,27 +76,8 @@ def download() -> Mnist:
     )
 
 
-def cache_folder() -> Path:
-    """Where `download` keeps its files."""
-    return Path(os.environ.get("NATGRAD_DATA") or pooch.os_cache("natgrad"))
-
-
 def _fetch(name: str) -> Path:
-    """The local path of one checked file, from the cache or the first mirror that has it."""
-    failures = []
-    for mirror in MIRRORS:
-        try:
-            return Path(pooch.retrieve(mirror + name, known_hash=f"md5:{MD5[name]}", fname=name, path=cache_folder()))
-        # No network and no permission are both OSErrors (those of `requests` too); a wrong checksum is a ValueError.
-        except (OSError, ValueError) as error:
-            failures.append(f"  {mirror}{name}: {type(error).__name__}: {error}")
-    raise DownloadError(
-        f"`natgrad.experiments.mnist.download()` could not fetch {name}. Tried:\n" + "\n".join(failures) + "\n"
-        f"To provide it by hand, copy the file (md5 {MD5[name]}) to\n"
-        f"  {cache_folder() / name}\n"
-        "or set NATGRAD_DATA to a folder that has it. Without it, whatever uses `mnist.embedded()` works: "
-        "`natgrad demo`, `natgrad autoencoder` and the test suite run on the 20,000 images shipped with natgrad."
-    )
+    return fetch(name, [mirror + name for mirror in MIRRORS], f"md5:{MD5[name]}", _WITHOUT)
 
 
 def _images(content: bytes) -> Tensor:

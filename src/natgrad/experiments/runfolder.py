@@ -68,8 +68,8 @@ class RunFolder:
             for name in (CHECKPOINT, METRICS, CURVES, TABLE, PAGE, ENVIRONMENT, CONFIG):
                 (path / name).unlink(missing_ok=True)
         (path / DIGITS).mkdir(parents=True, exist_ok=True)
-        _write_json(path / CONFIG, settings.to_json())
-        _write_json(path / ENVIRONMENT, environment(settings))
+        write_json(path / CONFIG, settings.to_json())
+        write_json(path / ENVIRONMENT, environment(settings.threads))
         (path / METRICS).touch()
         return cls(path, settings)
 
@@ -96,9 +96,11 @@ class RunFolder:
             )
         if any(name in given for name in LIMITS):
             settings = Settings.from_json({**settings.to_json(), **{name: given.get(name) for name in LIMITS}})
-        _write_json(path / CONFIG, settings.to_json())
+        write_json(path / CONFIG, settings.to_json())
         earlier = json.loads((path / ENVIRONMENT).read_text())
-        _write_json(path / ENVIRONMENT, {**earlier, "resumed": [*earlier.get("resumed", []), environment(settings)]})
+        write_json(
+            path / ENVIRONMENT, {**earlier, "resumed": [*earlier.get("resumed", []), environment(settings.threads)]}
+        )
         return cls(path, settings)
 
     def append(self, record: Record) -> None:
@@ -172,13 +174,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def environment(settings: Settings) -> dict[str, Any]:
-    """What the timings depend on besides the settings, and how many threads those come to."""
+def environment(threads: int | None) -> dict[str, Any]:
+    """What timings depend on besides the settings; ``threads`` is None where torch chose them."""
     return {
         "command": shlex.join(sys.argv),
         "natgrad": natgrad.__version__,
         "torch": torch.__version__,
-        "threads": settings.threads or torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "processor": _processor(),
         "processors": os.cpu_count(),
         "python": platform.python_version(),
@@ -195,5 +197,6 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file."""
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
