@@ -24,7 +24,7 @@ class Bug:
 
 
 LINEAR, KINDS, LOSSES = "test_linear_exactness.py", "test_layers_exactness.py", "test_losses.py"
-EKFAC = "test_ekfac.py"
+EKFAC, TOLD = "test_ekfac.py", "test_diagnostics.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / R if self.fisher == \"empirical\" else R", "return (1.0 / R if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
     "loss reduced by mean treated as a sum": Bug("likelihoods.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
@@ -69,6 +69,12 @@ BUGS = {
     "rows rotated by the transposed basis": Bug("layers/spectrum.py", "rows @ Q.unsqueeze(-3)", "rows @ Q.mT.unsqueeze(-3)", EKFAC),
     "squares of a new basis averaged with nothing": Bug("inverses.py", "age = torch.ones((), dtype=A.dtype)", "age = torch.zeros((), dtype=A.dtype)", EKFAC),
     "EKFAC damped by the product alone": Bug("inverses.py", "shift = damping.g * a + g * damping.a + ", "shift = ", "test_inverses.py"),
+    "KL of a step without its half": Bug("diagnostics.py", "return 0.5 * torch.sum(apply", "return torch.sum(apply", TOLD),
+    "KL of a weight-normalized step as of a gradient": Bug("diagnostics.py", "layer.step_to_matrix(moved)", "layer.to_matrix(moved)", TOLD),
+    "condition of the factor without its damping": Bug("diagnostics.py", 'largest_eigenvalue(state["A"]) + damping.a', 'largest_eigenvalue(state["A"])', TOLD),
+    "diagnostics draw from the user's stream": Bug("diagnostics.py", "generator=torch.Generator().manual_seed(0)", "generator=None", TOLD),
+    "age of the inverses one too many": Bug("preconditioner.py", "latest = self.steps - 1", "latest = self.steps", TOLD),
+    "damping told of before a checkpoint": Bug("preconditioner.py", "        self.applied.clear()\n", "", TOLD),
     "tied table corrected by the head alone": Bug("layers/tied.py", "self.per_datum = not any(map(self.swaps, uses))", "self.per_datum = True", EKFAC),
 }  # fmt: skip
 

@@ -8,7 +8,8 @@ With M the step of the layer's matrix [W b]:
     κ(A + λ_A I) = (a_max + λ_A) · max eigenvalue of (A + λ_A I)⁻¹, of G likewise
 
 The first is the KL divergence that the step causes, to second order, in units of the loss. Where explicit inverses are
-stored, both largest eigenvalues come from power iterations, so κ is a lower bound; where eigenvalues are, κ is exact.
+stored, both largest eigenvalues come from power iterations, so κ is a lower bound (and of factors that have moved
+since, if the inverse has an age); where eigenvalues are, κ is exact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from natgrad import damping as dampings
 from natgrad.damping import Damping
-from natgrad.inverses import apply
+from natgrad.inverses import apply, reciprocal, to_basis
 from natgrad.layers import Layer
 
 # Products with a factor for its largest eigenvalue: enough for a few percent on the spectra of networks.
@@ -40,12 +41,12 @@ def of_inverses(states: Mapping[str, Mapping[str, Tensor]], applied: Mapping[str
     """Age of the inverses, damping and condition numbers of each layer.
 
     Args:
-        states: By layer name: the factors and what their inverse stores.
+        states: By name, of the layers to tell of: the factors and what their inverse stores.
         applied: By layer name.
         step: Number of the latest step.
     """
     values: Values = {}
-    for name, one in applied.items():
+    for name, one in ((name, applied[name]) for name in states if name in applied):
         own: Values = {"inverse_age": step - one.step}
         own |= {"damping_a": one.damping.a, "damping_g": one.damping.g, "damping": one.damping.product}
         own |= condition_numbers(states[name], one.damping)
@@ -66,12 +67,12 @@ def condition_numbers(state: Mapping[str, Tensor], damping: Damping) -> Values:
 
     Directions that the inverse leaves out do not count.
     """
-    if "spectrum" in state:
-        return {"condition": _spread((state["spectrum"] + state["shift"]).flatten(-2))}
-    if "scale" in state:
-        curvature = torch.where(state["scale"] > 0, 1 / state["scale"], 0.0)  # eigenvalues of the damped block
+    if "A_basis" in state:
+        kron = "scale" in state  # else EKFAC's eigenvalues
+        scale = state["scale"] if kron else reciprocal(state["spectrum"] + state["shift"])
+        curvature = torch.where(scale > 0, 1 / scale, 0.0)  # eigenvalues of the damped block
         values: Values = {"condition": _spread(curvature.flatten(-2))}
-        if damping.product == 0:
+        if kron and damping.product == 0:
             values |= {"condition_a": _spread(curvature.amax(-2)), "condition_g": _spread(curvature.amax(-1))}
         return values
     a = (largest_eigenvalue(state["A"]) + damping.a) * largest_eigenvalue(state["A_inverse"])
@@ -114,8 +115,10 @@ def norms(step: Mapping[nn.Parameter, Tensor], parameters: Sequence[nn.Parameter
 
 
 def half_square(state: Mapping[str, Tensor], M: Tensor) -> Tensor:
-    """½ tr(Mᵀ G M A)."""
+    """½ tr(Mᵀ G M A); with EKFAC's eigenvalues s, half the sum of s times the squares of M in the eigenbasis."""
     M = M.to(state["A"].dtype)
+    if "spectrum" in state:
+        return 0.5 * torch.sum(state["spectrum"] * to_basis((state["A_basis"], state["G_basis"]), M).square())
     return 0.5 * torch.sum(apply(state["G"], M) * apply(state["A"], M.mT).mT)
 
 

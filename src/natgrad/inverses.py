@@ -144,8 +144,13 @@ def reciprocal(denominator: Tensor) -> Tensor:
 def scale_in_basis(bases: Bases, V: Tensor, scale: Tensor) -> Tensor:
     """Q_G [(Q_Gᵀ V Q_A) · scale] Q_Aᵀ."""
     Q_A, Q_G = bases
-    rotated = apply(_transposed(Q_A), apply(_transposed(Q_G), V).mT).mT
-    return apply(Q_A, apply(Q_G, rotated * scale).mT).mT
+    return apply(Q_A, apply(Q_G, to_basis(bases, V) * scale).mT).mT
+
+
+def to_basis(bases: Bases, V: Tensor) -> Tensor:
+    """Q_Gᵀ V Q_A."""
+    Q_A, Q_G = bases
+    return apply(_transposed(Q_A), apply(_transposed(Q_G), V).mT).mT
 
 
 def _transposed(Q: Tensor) -> Tensor:

@@ -238,25 +238,19 @@ class Preconditioner:
         Returns:
             By key. Those of an inverse are there once it was computed, since construction or loading.
 
-            - ``skipped_steps``: steps left out because something was not finite, since construction.
-            - ``inverse_age``: age of the oldest inverse in steps; 0 if the latest step computed all of them.
-            - ``damping_a``, ``damping_g``: what was added to A and to G, mean over the layers. A is in squared units of
-              the layer's input, G in units of the loss over squared units of the layer's output.
-            - ``damping``: what was added to the block besides, mean over the layers, in units of the loss over squared
-              units of a parameter.
-            - ``inverse_age/<layer>``, ``damping_a/<layer>``, ``damping_g/<layer>``, ``damping/<layer>``: of a layer.
-            - ``condition/<layer>``: largest over smallest eigenvalue of the damped block; of the worst, if the layer
-              has several. With ``inverse="eigen"`` exact, else a lower bound by power iterations, usually within a
-              tenth.
+            - ``skipped_steps``: left out because something was not finite, since construction.
+            - ``inverse_age``, ``inverse_age/<layer>``: steps since the inverse was computed; of all, the oldest's.
+            - ``damping_a``, ``damping_a/<layer>``: added to A, in squared units of the layer's input; of all, the mean.
+            - ``damping_g``, ``damping_g/<layer>``: added to G, in loss over squared units of the layer's output.
+            - ``damping``, ``damping/<layer>``: added to the block besides, in loss over squared units of parameters.
+            - ``condition/<layer>``: largest over smallest eigenvalue of the damped block; the worst, if there are
+              several. With ``inverse="cholesky"`` a lower bound by power iterations, usually within a tenth.
             - ``condition_a/<layer>``, ``condition_g/<layer>``: the same of the damped factors, whose product is the
-              block; not where ``damping`` is added to it, nor with ``inverse="ekfac"``.
+              block; not with ``inverse="ekfac"`` nor where ``damping`` is added to the block.
         """
-        latest = self.steps - 1
-        values: diagnostics.Values = {"skipped_steps": float(self.skipped_steps)}
-        values |= diagnostics.summary(self.applied, latest)
-        if per_layer:
-            values |= diagnostics.of_inverses(self.states(), self.applied, latest)
-        return diagnostics.numbers(values)
+        states, latest = self.states() if per_layer else {}, self.steps - 1
+        values = diagnostics.summary(self.applied, latest) | diagnostics.of_inverses(states, self.applied, latest)
+        return {"skipped_steps": float(self.skipped_steps), **diagnostics.numbers(values)}
 
     def state_dict(self) -> dict[str, Any]:
         """Running factors and inverses by layer name."""

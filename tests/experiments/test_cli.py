@@ -28,7 +28,7 @@ def test_version():
 def test_help_names_the_commands():
     code, output = natgrad_command("--help")
     assert code == 0
-    for command in ("autoencoder", "compare", "demo"):
+    for command in ("autoencoder", "compare", "report", "demo"):
         assert command in output
 
 
@@ -89,6 +89,22 @@ def test_compare(tmp_path):
     assert (tmp_path / "elsewhere/curves.png").exists()
     assert "Summary" in output
     code, output = natgrad_command("compare", tmp_path / "nothing")
+    assert code == 2
+    assert "holds no run" in output
+
+
+def test_report(tmp_path):
+    for name, optimizer in (("run", "kfac"), ("other", "sgd")):
+        natgrad_command("autoencoder", *TINY, "--optimizers", optimizer, "--out", tmp_path / name)
+    assert natgrad_command("report", tmp_path / "run")[0] == 0
+    assert (tmp_path / "run/report.html").exists()
+    code, output = natgrad_command(
+        "report", tmp_path / "run", "--against", tmp_path / "other", "--out", tmp_path / "pages/both.html"
+    )
+    assert code == 0
+    assert f"Written: {tmp_path / 'pages/both.html'}" in output
+    assert "other: SGD" in (tmp_path / "pages/both.html").read_text()
+    code, output = natgrad_command("report", tmp_path / "nothing")
     assert code == 2
     assert "holds no run" in output
 

@@ -48,15 +48,8 @@ def interrupt():
 def test_a_run_leaves_everything_that_was_measured(tiny, tmp_path, console):
     assert start(tiny(), tmp_path / "run", console) == 0
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {
-        "config.json",
-        "environment.json",
-        "metrics.jsonl",
-        "checkpoint.pt",
-        "curves.png",
-        "table.md",
-        "digits",
-    }
+    files = {"config.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "table.md"}
+    assert names == {*files, "digits"}
     assert read_settings(tmp_path / "run") == tiny()
     assert set(losses(tmp_path / "run")) == {(name, k) for name in ("sgd", "adam") for k in range(6)}
     environment = json.loads((tmp_path / "run/environment.json").read_text())

@@ -118,13 +118,13 @@ def since_zero(values: Sequence[float], unit: float) -> tuple[Scale, list[float]
     """log(1 + x / unit), which has a place for zero."""
     highest = max(*values, unit)
     scale = Scale(lambda x: math.log1p(x / unit), 0.0, 1.02 * math.log1p(highest / unit))
-    return scale, [0.0, *(tick for tick in round_numbers(unit, highest) if tick >= unit)]
+    return scale, [0.0, *([tick for tick in round_numbers(unit, highest) if unit <= tick <= highest] or [highest])]
 
 
 def logarithmic(values: Sequence[float]) -> tuple[Scale, list[float]]:
     """log x."""
     low, high = math.log10(min(values)), math.log10(max(values))
-    margin = max(0.04 * (high - low), 0.05)
+    margin = 0.04 * (high - low) or 0.3
     scale = Scale(math.log10, low - margin, high + margin)
     _, between = linear([10**scale.low, 10**scale.high])
     within_a_decade = high - low < 1  # where 1, 2, 5 and 10 are too few
