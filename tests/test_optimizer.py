@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import natgrad
 from kfac_cases import AUTO, NUMERIC, backward, batch, every_mode, network, train, values
 from linear_cases import stack
-from natgrad import quadratic
+from natgrad import preconditioner, quadratic
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -295,7 +295,7 @@ def test_where_no_step_lowers_the_loss_the_parameters_stay(monkeypatch: pytest.M
 
 
 def test_numbers_need_no_evaluation_and_tell_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quadratic, "LocalModel", None)
+    monkeypatch.setattr(preconditioner, "LocalModel", pytest.fail)
     optimizer = natgrad.KFAC(network(), "mse", **NUMERIC)
     train(optimizer, 0, 1)
     assert not {"predicted_change", "actual_change", "halvings"} & optimizer.diagnostics().keys()

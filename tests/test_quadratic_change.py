@@ -36,7 +36,7 @@ def change_by_natgrad(model: nn.Module, told: Any, user: Callable[[nn.Module], T
     user(model).backward()
     optimizer.preconditioner.update()
     with torch.no_grad():
-        return optimizer._local_model().change(step_of(model))
+        return optimizer.preconditioner.multiplier.local.change(step_of(model))
 
 
 @every_loss
@@ -151,7 +151,7 @@ def test_change_on_the_last_micro_batch_is_that_on_all(loss: Loss) -> None:
         (share * loss.loss_fn(model(x), y)).backward()
     optimizer.preconditioner.update()
     with torch.no_grad():
-        actual = optimizer._local_model().change(step_of(model))
+        actual = optimizer.preconditioner.multiplier.local.change(step_of(model))
     moved = stepped(clean, step_of(clean))
     expected = loss.loss_fn(moved(whole[0]), whole[1]) - loss.loss_fn(clean(whole[0]), whole[1])
     assert actual == pytest.approx(expected.item(), rel=1e-9)
@@ -167,7 +167,7 @@ def test_a_part_without_a_target_that_counts_tells_of_no_change(monkeypatch: pyt
     optimizer = natgrad.KFAC(model, CRITERION)
     CRITERION(model(x), y).backward()
     optimizer.preconditioner.update()
-    local = optimizer._local_model()
+    local = optimizer.preconditioner.multiplier.local
     assert not y[local.chosen].eq(0).any()
     with torch.no_grad():
         assert local.change(step_of(model)) == 0.0
@@ -181,7 +181,7 @@ def test_change_leaves_buffers_parameters_and_chance_as_they_were() -> None:
     optimizer.preconditioner.update()
     before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     with torch.no_grad():
-        assert optimizer._local_model().change(step_of(model)) != 0.0
+        assert optimizer.preconditioner.multiplier.local.change(step_of(model)) != 0.0
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
@@ -206,7 +206,7 @@ def test_change_with_dropout_is_that_of_one_mask(told: Any, user: Any, target: C
     optimizer.preconditioner.update()
     state = torch.get_rng_state()
     with torch.no_grad():
-        actual = optimizer._local_model().change(step_of(model))
+        actual = optimizer.preconditioner.multiplier.local.change(step_of(model))
     losses = []
     for m in (clean, stepped(clean, step_of(clean))):
         torch.set_rng_state(state)

@@ -90,6 +90,7 @@ class Forward:
         returned: What the model returned, if a function of the user's made ``output`` from that tensor.
         gradient: Of the user's loss with respect to ``returned`` or else ``output``, once it has arrived.
         seed: Of the order in which data are chosen: for the factors from its start.
+        multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
     """
 
     args: tuple[Any, ...]
@@ -101,6 +102,7 @@ class Forward:
     returned: Tensor | None = None
     gradient: Tensor | None = None
     seed: int = 0
+    multiplier: Tensor | None = None
 
     def listen(self) -> None:
         """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over."""
@@ -109,6 +111,15 @@ class Forward:
     def note(self, gradient: Tensor) -> None:
         """Keep a gradient that has come."""
         self.gradient = at_least_float32(gradient.detach())
+
+    def add_multiplier(self, gradient: Tensor) -> None:
+        """Add the gradient at one value of the loss module; there are several for a weighted sum over targets."""
+        gradient = at_least_float32(gradient.detach())
+        self.multiplier = gradient if self.multiplier is None else self.multiplier + gradient
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether the loss module got the tensor that it is to see, or a view of it."""
+        return tensor.data_ptr() == self.output.data_ptr() and tensor.numel() == self.output.numel()
 
     def release(self) -> None:
         """Let go of the graph and of the calls."""
@@ -144,6 +155,8 @@ class Batch:
         latest: The latest forward.
         spectra: Per layer name with a basis, the sum over data of the squared gradients in it.
         samples: Per layer name, data with the gradients of the user's loss.
+        multiplier: What the user's gradients at the output are divided by, to be those of the declared loss.
+        scaler: What they are divided by, to fit the gradients of the parameters.
     """
 
     loss: Loss
@@ -155,6 +168,8 @@ class Batch:
     latest: Forward | None = None
     spectra: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
+    multiplier: float = 1.0
+    scaler: float = 1.0
 
     def tensors(self) -> Iterator[Tensor]:
         """All sums, for a look at whether they are finite."""
@@ -170,7 +185,7 @@ class Batch:
         likelihood = self.loss.likelihood
         R = 1.0 / self.terms if likelihood is None else likelihood.scale(self.terms)
         # The user's gradients carry R once, and the empirical Fisher is R Σ ∇c ∇cᵀ.
-        return 1.0 / R if self.fisher == "empirical" else R
+        return 1.0 / (R * self.multiplier**2) if self.fisher == "empirical" else R
 
     def factors(self, layer: Layer) -> Factors | None:
         """A and G of one layer, in units of the loss; None if no call was captured."""

@@ -92,6 +92,8 @@ class Capture:
         ]
         if loss.module is not None:
             self._handles.append(loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
+        if isinstance(loss.function, nn.Module):
+            self._handles.append(loss.function.register_forward_hook(self._watch_value, with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -179,6 +181,12 @@ class Capture:
             forward.weights = self.loss.weigh(module, at_least_float32(seen.detach()), tuple(named.values()))
         forward.seen, forward.output = forward.output, seen
         self._gather(forward)
+
+    def _watch_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> None:
+        """What the training loop multiplies the loss by arrives as the gradient of its value."""
+        forward = self.batch.latest
+        if forward is not None and value.requires_grad and forward.is_input(args[0] if args else kwargs["input"]):
+            value.register_hook(forward.add_multiplier)
 
     def _without_loss(self, forward: Forward, g: Tensor) -> None:
         """The user's backward pass has begun and the loss module was not called, but perhaps a function like it.

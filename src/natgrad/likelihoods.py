@@ -79,6 +79,18 @@ class Likelihood(ABC):
         """∇c at ``moved`` less ∇c at ``output``, for the same target; by default to first order."""
         return self.hessian_product(output, moved - output)
 
+    def reach(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        """The largest |∇c| that a target allows, of each entry, with the sign of ``gradient``; None if there is none.
+
+        Args:
+            output: As everywhere.
+            gradient: Any multiple of ∇c, shaped like ``output``.
+
+        Returns:
+            Shaped like ``output``; infinite where only the other sign is bounded.
+        """
+        return None
+
     @abstractmethod
     def criteria(self, output: Tensor) -> int:
         """How many criteria a torch ``mean`` would average over for this output."""
@@ -174,6 +186,10 @@ class Bernoulli(_Elementwise):
         """p′ − p."""
         return moved.sigmoid() - output.sigmoid()
 
+    def reach(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """p down to a target of 0, 1 − p up to 1."""
+        return torch.where(gradient > 0, output, -output).sigmoid()
+
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """softplus(f′) − softplus(f) − p (f′ − f)."""
         return functional.softplus(moved) - functional.softplus(output) - output.sigmoid() * (moved - output)
@@ -223,6 +239,11 @@ class Categorical(Likelihood):
         """p′ − p."""
         return moved.softmax(dim=1) - output.softmax(dim=1)
 
+    def reach(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """p down to a target of 0, 1 − p up to 1."""
+        p = output.softmax(dim=1)
+        return torch.where(gradient > 0, p, 1 - p)
+
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """Σ_k p_k (log p_k − log p′_k)."""
         log_p, log_moved = output.log_softmax(dim=1), moved.log_softmax(dim=1)
@@ -256,6 +277,10 @@ class LogCategorical(Categorical):
         """Zero: in log-probabilities the loss is linear."""
         return torch.zeros_like(output)
 
+    def reach(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """One, up to a target of 1."""
+        return torch.where(gradient < 0, torch.ones_like(output), torch.inf)
+
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """Zero, for the same reason."""
         return torch.zeros_like(output)
@@ -278,6 +303,10 @@ class Poisson(_Elementwise):
         rate = output.exp() if self.log_input else output
         drawn = torch.poisson(rate.nan_to_num(nan=0.0).clamp(min=0), generator=generator)
         return rate - drawn if self.log_input else 1 - drawn / rate
+
+    def reach(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """The rate, or 1, down to a count of 0."""
+        return torch.where(gradient > 0, output.exp() if self.log_input else torch.ones_like(output), torch.inf)
 
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """rate′ − rate − rate (log rate′ − log rate)."""

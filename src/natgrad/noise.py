@@ -22,7 +22,7 @@ DECAY, LEAST_SIGNAL = 0.9, 1e-3
 State = dict[str, Tensor]
 
 
-def measure(layer: Layer, samples: Sequence[Sample], inverse: Inverse, state: State) -> Tensor | None:
+def measure(layer: Layer, samples: Sequence[Sample], inverse: Inverse, state: State, scaler: float) -> Tensor | None:
     """(total, noise) of one batch, or None if no gradient of single data came.
 
     Args:
@@ -30,6 +30,7 @@ def measure(layer: Layer, samples: Sequence[Sample], inverse: Inverse, state: St
         samples: Of its data.
         inverse: How the metric is kept.
         state: The layer's, with the metric in it.
+        scaler: How many times longer the gradients of single data are than fits the gradient of the layer.
     """
     gradients = [p.grad for p in layer.parameters if p.grad is not None]
     if len(gradients) < len(layer.parameters):
@@ -40,7 +41,7 @@ def measure(layer: Layer, samples: Sequence[Sample], inverse: Inverse, state: St
     for sample in samples:
         rows = sample.rows()
         if rows is not None:
-            energy = energy + sample.data * inverse.lengths(state, layer, *rows) / rows[1].shape[-3]
+            energy = energy + sample.data * inverse.lengths(state, layer, *rows) / (rows[1].shape[-3] * scaler**2)
     total = torch.sum(inverse.solve(state, V) * V)
     if not data or not energy > 0 or not total > 0:
         return None

@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 
 from natgrad import diagnostics, quadratic
 from natgrad.likelihoods import Likelihood
+from natgrad.multiplier import LossMultiplier
 from natgrad.preconditioner import CurvatureOptions, Preconditioner, clip_scale
 
 FALLBACK_RATE = 1e-3  # AdamW's own default
@@ -113,13 +114,28 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.preconditioner.update():
+        evaluates = self.automatic_lr or self.momentum == "auto"
+        if self.preconditioner.update(self._stands if evaluates else None):
             layers, *rest = self.param_groups
             self._step_layers(layers)
             if self._adamw is not None:
                 self._adamw.param_groups[0].update(lr=rest[0]["lr"], weight_decay=rest[0]["weight_decay"])
                 self._adamw.step()
         return loss
+
+    def _stands(self, multiplier: LossMultiplier, finite: bool) -> bool:
+        """Whether the previous step is left as it was; where new data show that it went much too far, it is undone."""
+        if not self.automatic_lr or not multiplier.in_doubt(finite):
+            return True
+        step = {p: self.state[p]["velocity"] for p in self._names if "velocity" in self.state[p]}
+        if not step or multiplier.accepts({self._names[p]: v for p, v in step.items()}):
+            return True
+        for parameter, velocity in step.items():
+            parameter.sub_(velocity.to(parameter.dtype))
+            del self.state[parameter]["velocity"]
+        multiplier.forget()
+        self._diagnostics["undone_steps"] = self._diagnostics.get("undone_steps", 0.0) + 1
+        return False
 
     def _step_layers(self, group: dict[str, Any]) -> None:
         natural = self.preconditioner.directions()
@@ -129,7 +145,7 @@ class KFAC(torch.optim.Optimizer):
             scale = clip_scale(natural, self.preconditioner.kl_clip / max(group["lr"], 1e-30) ** 2)
             torch._foreach_mul_(list(natural.values()), scale)
         previous = {p: self.state[p]["velocity"] for p in natural if "velocity" in self.state[p]}
-        if len(previous) < len(natural):
+        if len(previous) < len(natural) or self.momentum == 0.0:
             previous = {}
         alpha, mu = self._coefficients(group["lr"], natural, previous)
         self._diagnostics.update(lr=alpha, momentum=mu)
@@ -138,7 +154,7 @@ class KFAC(torch.optim.Optimizer):
             if group["weight_decay"]:
                 parameter.mul_(1 - alpha * group["weight_decay"])
             velocity = direction.mul_(-alpha)
-            if self.momentum != 0.0:
+            if self.momentum != 0.0 or self.automatic_lr:
                 if previous:
                     velocity.add_(previous[parameter], alpha=mu)
                 self.state[parameter]["velocity"] = velocity
@@ -151,29 +167,36 @@ class KFAC(torch.optim.Optimizer):
         given_momentum = None if self.momentum == "auto" else float(self.momentum)
         if not self.automatic_lr and (given_momentum is not None or not previous):
             return lr, given_momentum or 0.0
+        multiplier = self._require_pass()
+        if self.automatic_lr and multiplier.loss != 1.0:
+            torch._foreach_div_(list(natural.values()), multiplier.loss)  # the curvature is so many times larger
         directions = [{p: -d for p, d in natural.items()}, *([previous] if previous else [])]
         b = torch.stack([_dot(direction) for direction in directions]).double()
         named = [{self._names[p]: d for p, d in direction.items()} for direction in directions]
         given = [None if self.automatic_lr else lr, given_momentum][: len(directions)]
-        c, told = quadratic.choose(self._local_model(), named, b, given)
-        self._diagnostics.update(told)
+        c, told = quadratic.choose(multiplier.local, named, b, given)
+        multiplier.promise(lr if self.automatic_lr else 1.0)
+        if not c.any() and told["halvings"]:
+            multiplier.reject()
+        elif any("velocity" in self.state[p] for p in self._names.keys() - natural.keys()):
+            multiplier.forget()  # a layer that is not used now keeps its older step
+        self._diagnostics.update(told, loss_multiplier=multiplier.loss)
         if self.automatic_lr:
             c = c * lr
         return float(c[0]), float(c[1]) if previous else 0.0
 
-    def _local_model(self) -> quadratic.LocalModel:
-        pre = self.preconditioner
-        forward, likelihood = pre.batch.latest, pre.loss.likelihood
-        if forward is None or likelihood is None:
+    def _require_pass(self) -> LossMultiplier:
+        forward, multiplier = self.preconditioner.batch.latest, self.preconditioner.multiplier
+        if forward is None:
             raise RuntimeError(
                 "`step()` with an automatic rate found no forward pass of the model since the last step."
             )
-        if forward.gradient is None:
+        if multiplier is None:
             raise RuntimeError(
                 "`step()` with an automatic rate: the model's latest forward pass since the last step had no backward "
                 "pass. Call the model under `torch.no_grad()` where its output is not trained on."
             )
-        return quadratic.LocalModel(pre.model, likelihood, pre.capture.select, forward, pre.batch.terms, forward.seed)
+        return multiplier
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -24,6 +25,8 @@ from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
+from natgrad.multiplier import LossMultiplier
+from natgrad.quadratic import LocalModel
 
 State = MutableMapping[Tensor, dict[str, Any]]
 _logger = logging.getLogger("natgrad")
@@ -132,6 +135,7 @@ class Preconditioner:
         self.state: State = defaultdict(dict)
         self.skipped_steps = 0
         self.batch = Batch(self.loss, fisher)
+        self.multiplier: LossMultiplier | None = None
         self._inverse, self._moved = INVERSES[inverse], set[str]()  # layers whose factors are newer than their inverse
         self.applied: dict[str, diagnostics.Applied] = {}
         self.capture = Capture(
@@ -176,24 +180,36 @@ class Preconditioner:
         return True
 
     @torch.no_grad()
-    def update(self) -> bool:
+    def update(self, stands: Callable[[LossMultiplier, bool], bool] | None = None) -> bool:
         """Fold in what was captured and refresh the inverses that are due.
 
+        Args:
+            stands: From what the pass tells of the loss, and whether everything is finite, to whether to go on: not if
+                the parameters had better be others. For a caller that evaluates the model.
+
         Returns:
-            False if the step must be skipped: something is not finite, or there was no forward pass and all gradients
-            are zero. The latter is how checkpoint tools make an optimizer create its state; it is not counted as a
-            step.
+            False if the step must be skipped: something is not finite or does not stand, or there was no forward pass
+            and all gradients are zero. The latter is how checkpoint tools make an optimizer create its state; it is not
+            counted as a step.
         """
         batch = self.capture.take()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not gradients:
             raise RuntimeError("`step()` found no gradient: call `loss.backward()` before it.")
-        if not all_finite([*gradients, *batch.tensors()]):
+        finite = all_finite([*gradients, *batch.tensors()])
+        self.multiplier = self._multiplier(batch)
+        if stands is not None and self.multiplier is not None and not stands(self.multiplier, finite):
+            return False
+        if not finite:
             self.skipped_steps += 1
             _logger.warning("step %d skipped: a gradient or a statistic is not finite", self.steps)
             return False
         if not batch.forwards and not any(g.any() for g in gradients):
             return False
+        if self.multiplier is not None:
+            named = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            self.multiplier.update(named, evaluate=stands is not None)
+            batch.multiplier, batch.scaler = self.multiplier.at_output, self.multiplier.scaler
         self.batch = batch
         self._check_seen(batch)
         for layer in self.layers:
@@ -306,6 +322,14 @@ class Preconditioner:
     def _due(self) -> bool:
         return self.steps % self.inverse_period == 0
 
+    def _multiplier(self, batch: Batch) -> LossMultiplier | None:
+        """For what a batch tells about the number that multiplies the loss; None without a loss or a backward pass."""
+        likelihood, forward = self.loss.likelihood, batch.latest
+        if likelihood is None or forward is None or forward.gradient is None:
+            return None
+        local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms, forward.seed)
+        return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms)
+
     def _check_seen(self, batch: Batch) -> None:
         """A gradient without factors means that the hooks missed the layer, if they watched and it is not zero."""
         if self.steps and not batch.statistics:
@@ -356,7 +380,7 @@ class Preconditioner:
         for layer in self.layers:
             state, samples = self._state(layer), batch.samples.get(layer.name)
             if samples and self._inverse.names[0] in state:
-                latest = noise.measure(layer, samples, self._inverse, state)
+                latest = noise.measure(layer, samples, self._inverse, state, batch.scaler)
                 if latest is not None:
                     noise.remember(state, latest, anew)
 

@@ -76,6 +76,10 @@ class LocalModel:
         # Of the user's loss: of one micro-batch among several, the gradient is that of a part.
         self.share = min(size, forward.data) / forward.data * forward.terms(likelihood) / terms
         self.total_terms = terms
+        # The user's loss is so many times the declared one, and its gradient at the output so many times longer still.
+        self.multiplier, self.scaler = 1.0, 1.0
+        # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
+        self.parts = (0.0, 0.0)
         self._before: tuple[Tensor, Tensor] | None = None
 
     def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
@@ -90,6 +94,14 @@ class LocalModel:
         J = torch.stack([(product * root).flatten() for product in products])
         HJ = torch.stack([(root * self.likelihood.hessian_product(at, product)).flatten() for product in products])
         return self._scale(at) * (J @ HJ.mT).double()
+
+    def slope(self, direction: dict[str, Tensor]) -> float:
+        """Derivative along the direction of what the user differentiated, by its gradient at the output."""
+        parameters = self._parameters(direction)
+        tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
+        _, product = directional_derivative(lambda moving: self._run(moving)[0], parameters, tangent)
+        assert self.forward.gradient is not None
+        return float(torch.sum(self._take(self.forward.gradient) * product) / self.share)
 
     def change(self, step: dict[str, Tensor]) -> float:
         """By how much the loss would change if the parameters moved by ``step``.
@@ -106,8 +118,16 @@ class LocalModel:
         assert self.forward.gradient is not None
         users = at_least_float32(self._take(self.forward.output))
         shift = self._scale(before) * weight * self.likelihood.gradient_change(users, before)
-        linear = torch.sum(self._take(self.forward.gradient) * (returned_after - returned)) / self.share
-        return float(linear + torch.sum(shift * (after - before)) + self._scale(before) * divergence.sum())
+        arrived = self._take(self.forward.gradient) / (self.scaler * self.share)
+        linear = torch.sum(arrived * (returned_after - returned)) + torch.sum(shift * (after - before))
+        bend = self._scale(before) * divergence.sum()
+        self.parts = (float(linear), 2 * float(bend))
+        return float(linear + bend)
+
+    def is_finite(self, step: dict[str, Tensor]) -> bool:
+        """Whether the output would be finite if the parameters moved by ``step``."""
+        moved = {name: p + step[name].to(p.dtype) for name, p in self._parameters(step).items()}
+        return bool(self._run(moved)[1].isfinite().all())
 
     def _parameters(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.model.get_parameter(name).detach() for name in like}
@@ -127,7 +147,7 @@ class LocalModel:
         own: float = self.likelihood.terms(output)
         if self.weights is not None and self.likelihood.reduction == "mean":
             own = float(self.weights.terms.sum()) or 1.0  # all ignored: nothing is left to be scaled
-        return self.likelihood.scale(self.total_terms) * self.total_terms / own
+        return self.multiplier * self.likelihood.scale(self.total_terms) * self.total_terms / own
 
     def _take(self, rows: Tensor) -> Tensor:
         """The chosen data's rows, of a tensor that has one or several for each datum."""

@@ -1,0 +1,251 @@
+"""By what number the training loop multiplies the loss that it declared.
+
+A loop may differentiate s L where it declared L: ``(1e3 * loss).backward()``, a sum where a mean was meant, one loss
+among several. Its gradients are s times those of L, and with the curvature of L its steps would be s times too long. A
+gradient scaler multiplies by S as well, and takes that out of the gradients of the parameters, but not out of the one
+at the output, g_f, which natgrad sees. Three things tell S s:
+
+- the loss module that natgrad was given: it is the gradient that arrives at the module's value;
+- the targets, where they are bounded: g_f = S s R (μ(f) − y), so with ``reach`` the largest |μ − y| that a target
+  allows, no entry of |g_f| / (R reach) exceeds S s, and where y is at its bound (a label) the entry equals it;
+- the previous step, elsewhere (squared error): along a step v, seen at its start and at its end on fresh data,
+
+      s = (g_f(θ) · h − g_f(θ − v) · h) / Σ 2 R KL,    h = f(θ) − f(θ − v)
+
+  holds whatever the network does in between. A step s ≫ 1 times too long is taken back, once it is seen to be.
+
+S alone is a ratio: gᵀd, of the parameters' gradient, is what g_f · (J d) would be without it.
+"""
+
+import math
+from collections.abc import Callable, MutableMapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.batch import Forward
+from natgrad.layers import at_least_float32
+from natgrad.likelihoods import Likelihood
+from natgrad.quadratic import HALVINGS, LocalModel
+
+# The targets are looked at in so many data at most, in fewer if these have so many entries, and in some of these.
+DATA, LOOKED_AT, ENTRIES = 64, 2**16, 4096
+# The largest ratios are S s if what they are divided by differs so many times more than they do, and by so much at
+# least: soft targets, of share q of the reach, would show up to the error q.
+EVIDENCE, VARIETY = 10.0, 0.01
+# A multiplier this close to one is one: its step is as good, and the arithmetic stays as without it.
+CLOSE = 0.05
+# A ratio beyond this says that something was multiplied; within it, that a batch is not the whole data.
+NOISE = 4.0
+# Along a step, curvature on fresh data above this times the modelled one, or below its inverse, is no overfitting.
+SUSPECT = 3.0
+# Where targets are unbounded, a squared gradient at the output that grew by this much makes the step a suspect.
+GROWTH = 1.5
+# So much smaller s becomes by one step at most: a short step shows noise rather than curvature.
+SHRINK = 0.1
+
+
+def at_least(forward: Forward, likelihood: Likelihood, terms: float) -> tuple[float, bool]:
+    """A lower bound of S s from one forward and backward pass, and whether it is S s itself.
+
+    Args:
+        forward: The pass.
+        likelihood: Of the declared loss.
+        terms: What the declared loss's reduction divides by.
+
+    Returns:
+        The bound, 0 where nothing is known, and whether it is attained.
+    """
+    if forward.multiplier is not None:
+        return float(forward.multiplier), True
+    if forward.gradient is None or forward.returned is not None:
+        return 0.0, False
+    data = len(forward.output)
+    some = slice(None, None, max(1, data // min(DATA, max(1, LOOKED_AT * data // forward.output.numel()))))
+    g = forward.gradient[some]
+    reach = likelihood.reach(at_least_float32(forward.output[some]), g)
+    if reach is None:
+        return 0.0, False
+    if forward.weights is not None:
+        reach = reach * forward.weights.curvature[some]
+    precision = torch.finfo(forward.output.dtype)
+    # In 1 − p digits cancel, in p they do not.
+    kept = (g.abs() > 64 * precision.tiny * precision.eps) & ((g > 0) | (reach > precision.eps**0.5))
+    kept &= reach.isfinite() & (reach > 0)
+    return _top(g.abs()[kept], likelihood.scale(terms) * reach[kept])
+
+
+def _top(size: Tensor, reach: Tensor) -> tuple[float, bool]:
+    """The largest of size / reach, up to outliers, and whether many share it."""
+    if not size.numel():
+        return 0.0, False
+    if size.numel() > ENTRIES:
+        # At random, lest a regular pattern meet one output only.
+        at = torch.randint(size.numel(), (ENTRIES,), generator=torch.Generator().manual_seed(0)).to(size.device)
+        size, reach = size[at], reach[at]
+    ratio = size / reach
+    low, top = torch.quantile(ratio, ratio.new_tensor([0.75, 0.95])).tolist()
+    least, most = torch.quantile(reach[ratio >= low], ratio.new_tensor([0.05, 0.95])).tolist()
+    variety = 1 - least / most
+    return top, variety > max(VARIETY, EVIDENCE * (1 - low / top))
+
+
+class LossMultiplier:
+    """What is known of s and S so far; kept as tensors in a mapping, so that a resumed run goes on with it.
+
+    Args:
+        state: Of the first layer's first parameter: ``multiplier``, s and S; and ``promise``, what the previous step
+            promised: its slope and bend, the squared gradient at the output before it, and whether steps are trusted;
+            not numbers without a previous step.
+        local: The quadratic model of the current pass, made where it is needed.
+        forward: The current pass.
+        likelihood: Of the declared loss.
+        terms: What the declared loss's reduction divides by.
+    """
+
+    def __init__(
+        self,
+        state: MutableMapping[str, Any],
+        local: Callable[[], LocalModel],
+        forward: Forward,
+        likelihood: Likelihood,
+        terms: float,
+    ) -> None:
+        self.state, self._local = state, local
+        self.forward, self.likelihood, self.terms = forward, likelihood, terms
+
+    @cached_property
+    def local(self) -> LocalModel:
+        """The quadratic model of the user's loss, on the current pass."""
+        local = self._local()
+        local.multiplier, local.scaler = self.loss, self.scaler
+        return local
+
+    @cached_property
+    def bound(self) -> tuple[float, bool]:
+        """What the pass tells of S s: a lower bound, and whether it is attained."""
+        return at_least(self.forward, self.likelihood, self.terms)
+
+    @property
+    def loss(self) -> float:
+        """s: what the loop multiplies the declared loss by."""
+        return float(self.state["multiplier"][0]) if "multiplier" in self.state else 1.0
+
+    @property
+    def scaler(self) -> float:
+        """S: what a gradient scaler multiplies by besides."""
+        return float(self.state["multiplier"][1]) if "multiplier" in self.state else 1.0
+
+    @property
+    def at_output(self) -> float:
+        """S s of the current pass; as before, where that does not tell."""
+        bound, attained = self.bound
+        product = bound if attained else max(bound, self.loss * self.scaler)
+        return product if abs(product - 1) > CLOSE else 1.0
+
+    def update(self, gradients: dict[str, Tensor], evaluate: bool) -> None:
+        """Learn s and S from the current pass.
+
+        Args:
+            gradients: Of the parameters, by name: the direction in which they are compared with the output's.
+            evaluate: Whether to do so at the first step, too, if the output's tell nothing.
+        """
+        product, before = self.at_output, self.loss * self.scaler
+        told = self.bound[1] or product > before
+        loss, scaler = self.loss, 1.0
+        if product != 1 or (evaluate and not (told or "multiplier" in self.state)):
+            there = self.local.slope(gradients)
+            ratio = sum(float(g.double().square().sum()) for g in gradients.values()) / there if there else math.nan
+            scaler = _scaler(ratio, product / loss, NOISE if told else 1.0)
+        if told:
+            loss = product / scaler
+        self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
+
+    def in_doubt(self, finite: bool) -> bool:
+        """Whether to look back at the previous step.
+
+        That is where no output is finite after it; and, where only it can tell s, if it is the first or the error grew.
+
+        Args:
+            finite: Whether everything of the current pass is.
+        """
+        _, _, error, trusted = self._promise
+        if math.isnan(error):
+            return False
+        if not finite:
+            return not self.forward.output.isfinite().all()
+        return not self.bound[1] and (not trusted or self._squared_error() > GROWTH * error)
+
+    def accepts(self, step: dict[str, Tensor]) -> bool:
+        """Whether the previous step lowered the loss of fresh data; s is corrected where it shows to be wrong.
+
+        Args:
+            step: The previous one, by parameter name.
+        """
+        slope, bend, _, trusted = self._promise
+        back_there = {name: -s for name, s in step.items()}
+        if not self.forward.output.isfinite().all():
+            if not self.local.is_finite(back_there):
+                return True
+            self.reject()
+            return False
+        self.local.change(back_there)
+        back, fresh_bend = self.local.parts
+        rise = -back - slope
+        low, high = sorted(rise / max(b, torch.finfo(torch.float32).tiny) for b in (bend, fresh_bend))
+        factor = 1.0
+        if low > SUSPECT and rise > abs(slope):
+            factor = low
+        elif not trusted and high < 1 / SUSPECT and bend > abs(slope) / 2:  # and not just cut short by the check
+            factor = max(high, SHRINK)
+        self._set(self.loss * factor, self.scaler)
+        self.state["promise"][3] = float(factor == 1 and bend > 0)
+        return factor <= 1 or back + factor * fresh_bend / 2 > 0
+
+    def promise(self, rate: float) -> None:
+        """Remember what the chosen step promises, about which ``local`` was asked last.
+
+        Args:
+            rate: What the step is multiplied by before it is taken.
+        """
+        slope, bend = self.local.parts
+        error = 0.0 if self.bound[1] else self._squared_error()
+        self.state["promise"] = torch.tensor([rate * slope, rate**2 * bend, error, self._promise[3]])
+
+    def reject(self) -> None:
+        """No step was short enough to lower the loss: if s was never seen to be right, it is too small."""
+        self.forget()
+        if not (self._promise[3] or self.bound[1]):
+            self._set(self.loss * 2.0**HALVINGS, self.scaler)
+
+    def forget(self) -> None:
+        """There is no previous step to look back at."""
+        self.state["promise"] = torch.tensor([torch.nan, torch.nan, torch.nan, self._promise[3]])
+
+    @property
+    def _promise(self) -> list[float]:
+        kept: list[float] = self.state["promise"].tolist() if "promise" in self.state else [math.nan] * 3 + [0.0]
+        return kept
+
+    def _squared_error(self) -> float:
+        assert self.forward.gradient is not None
+        R = self.likelihood.scale(self.terms)
+        size = float(torch.linalg.vector_norm(self.forward.gradient)) / (R * self.loss * self.scaler)
+        return size**2 / self.forward.gradient.numel()
+
+    def _set(self, loss: float, scaler: float) -> None:
+        self.state["multiplier"] = torch.tensor([loss, scaler])
+        self.__dict__.pop("local", None)  # which is told anew
+
+
+def _scaler(ratio: float, before: float, noise: float) -> float:
+    """S, from gᵀd / (g_f · J d), and what it is if s is as before."""
+    if not (math.isfinite(ratio) and ratio > 0):
+        return before  # nothing is learnt
+    if 1 / NOISE < ratio < NOISE:
+        return 1.0
+    if 1 / noise < ratio * before < noise:
+        return before
+    return max(1.0, 2.0 ** round(-math.log2(ratio)))  # scalers use powers of two
