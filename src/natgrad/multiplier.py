@@ -97,8 +97,8 @@ class LossMultiplier:
 
     Args:
         state: Of the first layer's first parameter: ``multiplier``, s and S; and ``promise``, what the previous step
-            promised: its slope and bend, the squared gradient at the output before it, and whether steps are trusted;
-            not numbers without a previous step.
+            promised: its slope and bend, the squared gradient at the output before it, −1 without a previous step, and
+            whether steps are trusted.
         local: The quadratic model of the current pass, made where it is needed.
         forward: The current pass.
         likelihood: Of the declared loss.
@@ -172,7 +172,7 @@ class LossMultiplier:
             finite: Whether everything of the current pass is.
         """
         _, _, error, trusted = self._promise
-        if math.isnan(error):
+        if error < 0:
             return False
         if not finite:
             return not self.forward.output.isfinite().all()
@@ -222,11 +222,11 @@ class LossMultiplier:
 
     def forget(self) -> None:
         """There is no previous step to look back at."""
-        self.state["promise"] = torch.tensor([torch.nan, torch.nan, torch.nan, self._promise[3]])
+        self.state["promise"] = torch.tensor([0.0, 0.0, -1.0, self._promise[3]])
 
     @property
     def _promise(self) -> list[float]:
-        kept: list[float] = self.state["promise"].tolist() if "promise" in self.state else [math.nan] * 3 + [0.0]
+        kept: list[float] = self.state["promise"].tolist() if "promise" in self.state else [0.0, 0.0, -1.0, 0.0]
         return kept
 
     def _squared_error(self) -> float:

@@ -78,6 +78,7 @@ class KFAC(torch.optim.Optimizer):
         self._names = {p: name for name, p in self.preconditioner.model.named_parameters()}
         rest = [group["params"] for group in self.param_groups if group["fallback"]]
         self._adamw = torch.optim.AdamW(rest[0]) if rest else None
+        self.undone_steps = 0
         self._diagnostics: dict[str, float] = {}
         self._latest_step: dict[nn.Parameter, Tensor] = {}
         self._share_state()
@@ -134,7 +135,7 @@ class KFAC(torch.optim.Optimizer):
             parameter.sub_(velocity.to(parameter.dtype))
             del self.state[parameter]["velocity"]
         multiplier.forget()
-        self._diagnostics["undone_steps"] = self._diagnostics.get("undone_steps", 0.0) + 1
+        self.undone_steps += 1
         return False
 
     def _step_layers(self, group: dict[str, Any]) -> None:
@@ -243,9 +244,13 @@ class KFAC(torch.optim.Optimizer):
             - ``predicted_change``, ``actual_change``: of the loss, on the model's data; by the model, and in fact.
             - ``kl``: ½ sᵀFs with F the whole network's Gauss-Newton matrix on the model's data, in units of the loss;
               the ratio of ``kl_kfac`` to it says how well the blocks know the curvature along the step.
+            - ``loss_multiplier``: what the loop multiplies the declared loss by, as far as that can be known; see
+              :mod:`natgrad.multiplier`.
+            - ``undone_steps``: steps taken back because data that came later showed that they went much too far, since
+              construction.
             - ``halvings``: how often the step was halved before the loss fell by enough.
         """
-        values: diagnostics.Values = {**self._diagnostics}
+        values: diagnostics.Values = {"undone_steps": float(self.undone_steps), **self._diagnostics}
         step = self._latest_step
         if step:
             values |= diagnostics.norms(step, list(step))
