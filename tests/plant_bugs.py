@@ -24,12 +24,12 @@ class Bug:
 
 
 LINEAR, KINDS, LOSSES = "test_linear_exactness.py", "test_layers_exactness.py", "test_losses.py"
-EKFAC, TOLD = "test_ekfac.py", "test_diagnostics.py"
+EKFAC, TOLD, MULTIPLIER = "test_ekfac.py", "test_diagnostics.py", "test_multiplier.py"
 BUGS = {
-    "G divided by the number of data": Bug("batch.py", "return 1.0 / R if self.fisher == \"empirical\" else R", "return (1.0 / R if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
+    "G divided by the number of data": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return (1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
     "loss reduced by mean treated as a sum": Bug("likelihoods.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
     "the 2 of torch's MSE forgotten": Bug("likelihoods.py", "return 1.0 if self.half else 2.0", "return 1.0", LINEAR),
-    "empirical Fisher with R instead of 1/R": Bug("batch.py", "return 1.0 / R if self.fisher == \"empirical\" else R", "return R", LINEAR),
+    "empirical Fisher with R instead of 1/R": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return R", LINEAR),
     "A summed, not averaged": Bug("layers/moments.py", "weight = float(count)", "weight = 1.0", KINDS),
     "positions of reduce not squared": Bug("layers/moments.py", "weight = float(n * positions**2)", "weight = float(n * positions)", KINDS),
     "bias of reduce 1 and not S": Bug("layers/moments.py", "flat, one, count = rows.sum(-2), float(positions), n", "flat, one, count = rows.sum(-2), 1.0, n", KINDS),
@@ -76,6 +76,13 @@ BUGS = {
     "age of the inverses one too many": Bug("preconditioner.py", "latest = self.steps - 1", "latest = self.steps", TOLD),
     "damping told of before a checkpoint": Bug("preconditioner.py", "        self.applied.clear()\n", "", TOLD),
     "tied table corrected by the head alone": Bug("layers/tied.py", "self.per_datum = not any(map(self.swaps, uses))", "self.per_datum = True", EKFAC),
+    "a multiplied loss taken for the declared one": Bug("multiplier.py", "        if told:\n            loss = product / scaler\n", "", MULTIPLIER),
+    "a gradient scaler taken for a multiplied loss": Bug("multiplier.py", "    if 1 / NOISE < ratio < NOISE:", "    if True:", MULTIPLIER),
+    "single data's gradients with the scaler's factor": Bug("noise.py", "(rows[1].shape[-3] * scaler**2)", "rows[1].shape[-3]", MULTIPLIER),
+    "the empirical Fisher of the multiplied loss": Bug("batch.py", "(R * self.multiplier**2)", "R", MULTIPLIER),
+    "soft targets taken for labels": Bug("multiplier.py", "variety > max(VARIETY, EVIDENCE * (1 - low / top))", "True", MULTIPLIER),
+    "a step too long left as it is": Bug("multiplier.py", "        return factor <= 1\n", "        return True\n", f"{MULTIPLIER} test_robustness.py"),
+    "a module's multiplier overlooked": Bug("capture.py", "value.register_hook(forward.add_multiplier)", "pass", MULTIPLIER),
 }  # fmt: skip
 
 

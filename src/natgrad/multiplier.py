@@ -179,7 +179,9 @@ class LossMultiplier:
         return not self.bound[1] and (not trusted or self._squared_error() > GROWTH * error)
 
     def accepts(self, step: dict[str, Tensor]) -> bool:
-        """Whether the previous step lowered the loss of fresh data; s is corrected where it shows to be wrong.
+        """Whether the previous step was not much too long, seen on fresh data; s is corrected where it was wrong.
+
+        A step too long is better undone even if the loss has fallen: it may leave the network where gradients vanish.
 
         Args:
             step: The previous one, by parameter name.
@@ -202,7 +204,7 @@ class LossMultiplier:
             factor = max(high, SHRINK)
         self._set(self.loss * factor, self.scaler)
         self.state["promise"][3] = float(factor == 1 and bend > 0)
-        return factor <= 1 or back + factor * fresh_bend / 2 > 0
+        return factor <= 1
 
     def promise(self, rate: float) -> None:
         """Remember what the chosen step promises, about which ``local`` was asked last.

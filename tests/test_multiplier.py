@@ -1,0 +1,330 @@
+"""By what the loop multiplies its loss: found from labels, from the loss module, or from a step that was taken."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+
+import natgrad
+from kfac_cases import assert_same, values
+from kfac_cases import network as with_adamw
+from natgrad.batch import Forward
+from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson
+from natgrad.multiplier import at_least
+
+pytestmark = pytest.mark.usefixtures("float64")
+Loss = Callable[[Tensor, Tensor], Tensor]
+FACTORS = [1.0, 2.0**10, 2.0**-10]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels(classes: int, *shape: int) -> Tensor:
+    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(1))
+
+
+# From the targets.
+
+
+def criteria(name: str) -> tuple[Likelihood, Callable[[Tensor], list[Tensor]]]:
+    """A likelihood, and the criterion summed over its entries for each of all targets, or for many."""
+    counts = [torch.full((4, 3), float(k)) for k in range(6)]
+    bits = [torch.full((4, 3), float(k)) for k in range(2)]
+    classes = [torch.full((4,), k) for k in range(3)]
+    by_name: dict[str, tuple[Likelihood, Callable[[Tensor], list[Tensor]]]] = {
+        "categorical": (Categorical(), lambda f: [cross_entropy(f, y, reduction="sum") for y in classes]),
+        "bernoulli": (
+            Bernoulli(),
+            lambda f: [binary_cross_entropy_with_logits(f, y, reduction="sum") for y in bits],
+        ),
+        "log categorical": (LogCategorical(), lambda f: [functional.nll_loss(f, y, reduction="sum") for y in classes]),
+        "poisson": (Poisson(), lambda f: [functional.poisson_nll_loss(f, y, reduction="sum") for y in counts]),
+        "poisson rate": (
+            Poisson(log_input=False),
+            lambda f: [functional.poisson_nll_loss(f, y, log_input=False, reduction="sum", eps=0.0) for y in counts],
+        ),
+    }
+    return by_name[name]
+
+
+@pytest.mark.parametrize("name", ["categorical", "bernoulli", "log categorical", "poisson", "poisson rate"])
+def test_reach_is_the_longest_gradient_of_any_target(name: str) -> None:
+    likelihood, losses = criteria(name)
+    f = random(4, 3).abs().requires_grad_() if name == "poisson rate" else random(4, 3).requires_grad_()
+    largest = {sign: torch.zeros(4, 3) for sign in (1, -1)}
+    for loss in losses(f):
+        (g,) = torch.autograd.grad(loss, f)
+        for sign, most in largest.items():
+            torch.maximum(most, (sign * g).clamp(min=0), out=most)
+    for sign, most in largest.items():
+        reach = likelihood.reach(f.detach(), torch.full((4, 3), float(sign)))
+        assert torch.allclose(torch.where(reach.isfinite(), reach, most), most)
+        assert reach.isfinite().all() == (sign == 1 or name in ("categorical", "bernoulli")) or name.startswith("log")
+
+
+def passed(likelihood: Likelihood, f: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[float, bool]:
+    """What one pass tells, given the loss that the loop differentiates."""
+    leaf = f.clone().requires_grad_()
+    loss(leaf).backward()
+    forward = Forward((), {}, f, [])
+    forward.note(leaf.grad)
+    return at_least(forward, likelihood, likelihood.terms(f))
+
+
+def smoothed(f: Tensor) -> Tensor:
+    return cross_entropy(f, labels(5, len(f)), label_smoothing=0.1)
+
+
+LABELLED: dict[str, tuple[Likelihood, Tensor, Callable[[Tensor], Tensor]]] = {
+    "classes": (Categorical(), random(40, 5), lambda f: cross_entropy(f, labels(5, 40))),
+    "positions": (Categorical(), random(6, 5, 7), lambda f: cross_entropy(f, labels(5, 6, 7))),
+    "one datum": (Categorical(), random(1, 10), lambda f: cross_entropy(f, labels(10, 1))),
+    "many classes": (Categorical(), random(3, 30_000), lambda f: cross_entropy(f, labels(30_000, 3))),
+    "bits": (Bernoulli(), random(40, 3), lambda f: binary_cross_entropy_with_logits(f, labels(2, 40, 3).double())),
+    "some pixels black": (
+        Bernoulli(),
+        random(40, 9),
+        lambda f: binary_cross_entropy_with_logits(f, (random(40, 9, seed=2) / 3).clamp(0, 1)),
+    ),
+    "counts": (Poisson(), random(40, 3), lambda f: functional.poisson_nll_loss(f, labels(3, 40, 3).double())),
+    "summed": (Categorical("sum"), random(40, 5), lambda f: cross_entropy(f, labels(5, 40), reduction="sum")),
+    "half precision": (Categorical(), random(40, 5).bfloat16(), lambda f: cross_entropy(f, labels(5, 40))),
+}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e3, 1e-3])
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_tell_the_factor(name: str, factor: float) -> None:
+    likelihood, f, loss = LABELLED[name]
+    found, certain = passed(likelihood, f, lambda f: factor * loss(f))
+    assert certain
+    assert found == pytest.approx(factor, rel=0.02 if name == "half precision" else 1e-9)
+
+
+def test_ignored_targets_are_a_factor() -> None:
+    """Functional losses divide by what counts, and natgrad, who is told the name alone, by all."""
+    ignored = torch.where(torch.arange(40) < 10, -100, labels(5, 40))
+    assert passed(Categorical(), random(40, 5), lambda f: cross_entropy(f, ignored)) == (pytest.approx(40 / 30), True)
+
+
+@pytest.mark.parametrize(
+    ("f", "loss"),
+    [
+        (random(40, 5), lambda f: cross_entropy(f, random(40, 5, seed=3).softmax(1))),
+        (0 * random(40, 5), smoothed),
+        (0 * random(40, 1), lambda f: binary_cross_entropy_with_logits(f, torch.full((40, 1), 0.3))),
+        (random(40, 5).relu(), lambda f: 0.0 * f.sum()),
+    ],
+    ids=["soft", "smoothed and uniform", "soft and constant", "no gradient"],
+)
+def test_targets_that_are_no_labels_give_a_lower_bound(f: Tensor, loss: Callable[[Tensor], Tensor]) -> None:
+    """Of a constant output, soft targets look like labels under another factor: nothing is certain then."""
+    likelihood = Bernoulli() if f.shape[1] == 1 else Categorical()
+    found, certain = passed(likelihood, f, loss)
+    assert not certain
+    assert found <= 1.0
+
+
+def test_smoothed_labels_are_nearly_labels() -> None:
+    found, _ = passed(Categorical(), random(40, 5), smoothed)
+    assert 0.85 < found < 1.0
+
+
+def test_squared_errors_tell_nothing() -> None:
+    assert passed(Gaussian(), random(8, 2), lambda f: mse_loss(f, random(8, 2, seed=1))) == (0.0, False)
+
+
+# In training.
+
+
+def network() -> nn.Sequential:
+    """Layers only: AdamW's own constant, which is absolute, sees by what a loss is multiplied."""
+    return nn.Sequential(*[module for module in with_adamw() if not isinstance(module, nn.PReLU)])
+
+
+def data(seed: int, count: int = 12) -> tuple[Tensor, Tensor]:
+    return random(count, 3, seed=seed), (random(count, seed=100 + seed) > 0).long()
+
+
+def regression(f: Tensor, y: Tensor) -> Tensor:
+    return mse_loss(f, functional.one_hot(y, 2).double())
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": regression}
+
+
+def steps(optimizer: natgrad.KFAC, loss: Loss, seeds: range, factor: float = 1.0, scaler: Any = None) -> None:
+    for seed in seeds:
+        x, y = data(seed)
+        optimizer.zero_grad()
+        value = factor * loss(optimizer.preconditioner.model(x), y)
+        if scaler is None:
+            value.backward()
+            optimizer.step()
+        else:
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+
+def parameters(optimizer: natgrad.KFAC) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in optimizer.preconditioner.model.named_parameters()}
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float) -> None:
+    assert {name: t for name, t in one.items() if not torch.allclose(t, other[name], rtol=rtol, atol=1e-9)} == {}
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical", "forward"])
+@pytest.mark.parametrize("factor", FACTORS)
+def test_a_multiplied_loss_of_labels_takes_the_same_steps(factor: float, fisher: Any) -> None:
+    """Parameters, factors and weight decay; the empirical Fisher would be off by the square."""
+    one, other = (natgrad.KFAC(network(), "cross_entropy", fisher=fisher, weight_decay=0.1) for _ in range(2))
+    steps(one, cross_entropy, range(6))
+    steps(other, cross_entropy, range(6), factor)
+    assert other.diagnostics()["loss_multiplier"] == pytest.approx(factor)
+    assert_close(parameters(other), parameters(one), 1e-5)
+    for name, factors in one.preconditioner.factors().items():
+        for F, G in zip(factors, other.preconditioner.factors()[name], strict=True):
+            assert torch.allclose(F, G, rtol=1e-5)
+    assert other.diagnostics()["predicted_change"] == pytest.approx(
+        factor * one.diagnostics()["predicted_change"], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("factor", [1.0, 64.0])
+def test_a_gradient_scaler_changes_nothing(name: str, factor: float) -> None:
+    """Not even where nothing but the gradients of the parameters tells of it; and it doubles twice on the way."""
+    one, other = (natgrad.KFAC(network(), name) for _ in range(2))
+    steps(one, LOSSES[name], range(8), factor)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
+    steps(other, LOSSES[name], range(8), factor, scaler)
+    assert scaler.get_scale() == 2.0**14
+    assert_close(parameters(other), parameters(one), 1e-9)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("make", [nn.MSELoss, nn.CrossEntropyLoss, lambda: nn.CrossEntropyLoss(label_smoothing=0.2)])
+def test_a_module_tells_the_factor_whatever_the_targets(make: Callable[[], nn.Module], factor: float) -> None:
+    """In the first step already."""
+    loss = make()
+
+    def of(f: Tensor, y: Tensor) -> Tensor:
+        return loss(f, functional.one_hot(y, 2).double()) if isinstance(loss, nn.MSELoss) else loss(f, y)
+
+    one, other = (natgrad.KFAC(network(), loss) for _ in range(2))
+    steps(one, of, range(4))
+    steps(other, of, range(4), factor)
+    assert_close(parameters(other), parameters(one), 1e-5)
+
+
+def test_a_module_called_for_several_targets_counts_with_their_sum() -> None:
+    """As in mixup; and a call for something else does not count."""
+    loss = nn.CrossEntropyLoss()
+    optimizer = natgrad.KFAC(network(), loss)
+    x, y = data(0)
+    f = optimizer.preconditioner.model(x)
+    (0.6 * loss(f, y) + 1.4 * loss(f, 1 - y) + 50 * loss(random(12, 2).requires_grad_(), y)).backward()
+    optimizer.step()
+    assert optimizer.diagnostics()["loss_multiplier"] == pytest.approx(2.0)
+
+
+def test_a_given_rate_means_the_gradient_as_it_is() -> None:
+    """As for every optimizer with a rate of its own."""
+    moves = []
+    for factor in (1.0, 4.0):
+        optimizer = natgrad.KFAC(network(), "cross_entropy", lr=0.1, momentum=0.0, damping=(0.1, 0.1))
+        before = parameters(optimizer)["0.weight"]
+        steps(optimizer, cross_entropy, range(1), factor)
+        moves.append(parameters(optimizer)["0.weight"] - before)
+    assert torch.allclose(moves[1], 4 * moves[0])
+
+
+# From a step that was taken.
+
+
+def same_batch(optimizer: natgrad.KFAC, count: int, factor: float) -> None:
+    for _ in range(count):
+        steps(optimizer, regression, range(1), factor)
+
+
+@pytest.mark.parametrize("factor", [30.0, 1e3, 2e-2])
+def test_a_step_tells_the_factor_of_a_squared_error(factor: float) -> None:
+    """Exactly, on the same data, however long the step was and though nothing is linear.
+
+    A factor below one comes by tenths at most, as a short step on other data shows noise.
+    """
+    optimizer = natgrad.KFAC(network(), "mse")
+    before = parameters(optimizer)
+    same_batch(optimizer, 2, factor)
+    if factor > 1:
+        assert optimizer.diagnostics()["undone_steps"] == 1
+        assert_close(parameters(optimizer), before, 1e-9)
+    same_batch(optimizer, 2, factor)
+    assert optimizer.diagnostics()["loss_multiplier"] == pytest.approx(factor, rel=1e-3)
+    assert optimizer.diagnostics()["undone_steps"] == (factor > 1)
+
+
+def test_an_undone_step_leaves_factors_and_momentum_as_if_it_had_not_been() -> None:
+    optimizer = natgrad.KFAC(network(), "mse", factor_decay=0.9)
+    start = values(optimizer)
+    steps(optimizer, regression, range(1), 1e3)
+    factors = values(optimizer)
+    steps(optimizer, regression, range(1, 2), 1e3)
+    after = values(optimizer)
+    for name in ("0.weight", "0.bias", "2.weight"):
+        assert torch.allclose(after[name], start[name], atol=1e-9)
+        assert f"{name}.velocity" not in after
+    assert torch.equal(after["0.weight.A"], factors["0.weight.A"])
+    assert torch.equal(after["0.weight.step"], factors["0.weight.step"])
+
+
+def test_a_run_resumed_before_a_step_is_undone_undoes_it_too() -> None:
+    one, other = (natgrad.KFAC(network(), "mse") for _ in range(2))
+    steps(one, regression, range(1), 1e3)
+    other.preconditioner.model.load_state_dict(one.preconditioner.model.state_dict())
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for optimizer in (one, other):
+        steps(optimizer, regression, range(1, 4), 1e3)
+        assert optimizer.undone_steps == 1
+    assert_same(values(other), values(one))
+
+
+@pytest.mark.parametrize("lr", ["auto", 0.1])
+def test_parameters_that_overflow_return_to_where_they_were(lr: float | str) -> None:
+    """As the check before a step sees some of the data only. A given rate is the user's to answer for."""
+
+    class Explosive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).exp().exp()
+
+    optimizer = natgrad.KFAC(Explosive(), "cross_entropy", lr=lr, momentum="auto")
+    before = parameters(optimizer)
+    steps(optimizer, cross_entropy, range(1))
+    with torch.no_grad():
+        for p in optimizer.preconditioner.model.parameters():
+            p.add_(1e3)
+            optimizer.state[p]["velocity"].add_(1e3)
+    steps(optimizer, cross_entropy, range(1, 2))
+    if lr == "auto":
+        assert_close(parameters(optimizer), before, 1e-9)
+        assert optimizer.diagnostics()["undone_steps"] == 1
+        assert optimizer.diagnostics()["skipped_steps"] == 0
+        steps(optimizer, cross_entropy, range(2, 4))
+        assert all(p.isfinite().all() for p in parameters(optimizer).values())
+    else:
+        assert optimizer.diagnostics()["undone_steps"] == 0
+        assert optimizer.diagnostics()["skipped_steps"] == 1
