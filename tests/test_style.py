@@ -60,7 +60,7 @@ def test_every_argument_is_documented(name: str) -> None:
 
 def test_kfac_hands_on_what_the_preconditioner_takes() -> None:
     """`CurvatureOptions` is written by hand: it must not miss a keyword."""
-    from natgrad.preconditioner import CurvatureOptions
+    from natgrad.options import CurvatureOptions
 
     theirs = set(inspect.signature(natgrad.Preconditioner).parameters)
     ours = set(inspect.signature(natgrad.KFAC).parameters) - {"lr", "momentum", "weight_decay", "curvature"}

@@ -19,7 +19,8 @@ from typing_extensions import Unpack
 from natgrad import diagnostics, quadratic
 from natgrad.likelihoods import Likelihood
 from natgrad.multiplier import LossMultiplier
-from natgrad.preconditioner import CurvatureOptions, Preconditioner, clip_scale
+from natgrad.options import CurvatureOptions
+from natgrad.preconditioner import Preconditioner, clip_scale
 
 FALLBACK_RATE = 1e-3  # AdamW's own default
 

@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +26,11 @@ from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
 from natgrad.multiplier import LossMultiplier
+from natgrad.options import check_inverse, check_numbers, check_positive
 from natgrad.quadratic import LocalModel
 
 State = MutableMapping[Tensor, dict[str, Any]]
 _logger = logging.getLogger("natgrad")
-
-
-class CurvatureOptions(TypedDict, total=False):
-    """What :class:`Preconditioner` and :class:`~natgrad.KFAC` both understand; documented at the former."""
-
-    fisher: Fisher
-    mc_samples: int
-    inverse: str
-    factor_decay: float | Literal["auto"]
-    curvature_period: int
-    inverse_period: int
-    batch_fraction: float | Literal["auto"]
-    sharing: Sharing | dict[str, Sharing]
-    output: Callable[[Any], Tensor] | None
-    seed: int
 
 
 class Preconditioner:
@@ -113,19 +99,9 @@ class Preconditioner:
     ) -> None:
         self.loss = resolve(loss)
         check_fisher(fisher, self.loss.likelihood)
-        if inverse not in INVERSES:
-            raise ValueError(f"`inverse` must be one of {tuple(INVERSES)}, not {inverse!r}.")
-        if inverse == "ekfac" and fisher == "forward":
-            raise ValueError(
-                '`inverse="ekfac"` needs gradients, and `fisher="forward"` has none: use another of the two.'
-            )
+        check_numbers(kl_clip, factor_decay, batch_fraction)
         check_positive(mc_samples=mc_samples, curvature_period=curvature_period, inverse_period=inverse_period)
-        if factor_decay != "auto" and not (is_number(factor_decay) and 0 <= factor_decay < 1):
-            raise ValueError(f'`factor_decay` must be in [0, 1) or "auto", not {factor_decay!r}.')
-        if batch_fraction != "auto" and not (is_number(batch_fraction) and 0 < batch_fraction <= 1):
-            raise ValueError(f'`batch_fraction` must be in (0, 1] or "auto", not {batch_fraction!r}.')
-        if kl_clip is not None and not (is_number(kl_clip) and kl_clip > 0):
-            raise ValueError(f"`kl_clip` must be positive or None, not {kl_clip!r}.")
+        check_inverse(inverse, fisher)
         self.model = unwrap(model)
         self.partition = partition(self.model)
         self.layers = self.partition.require_layers()
@@ -402,15 +378,3 @@ def clip_scale(natural: dict[nn.Parameter, Tensor], bound: float) -> float:
     products = [torch.sum(d * p.grad) for p, d in natural.items() if p.grad is not None]
     length = float(torch.stack(products).sum()) if products else 0.0
     return min(1.0, (bound / length) ** 0.5) if length > 0 else 1.0
-
-
-def check_positive(**numbers: int) -> None:
-    """Raise a ``ValueError`` for a keyword that is not a whole number from one on."""
-    for name, number in numbers.items():
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, not {number!r}.")
-
-
-def is_number(value: object) -> bool:
-    """Whether a keyword, which may also be a word, is a number."""
-    return isinstance(value, float | int)

@@ -1,0 +1,55 @@
+"""What :class:`~natgrad.Preconditioner` and :class:`~natgrad.KFAC` both understand, and what is refused."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, TypeGuard
+
+from torch import Tensor
+
+from natgrad.batch import Fisher
+from natgrad.inverses import INVERSES
+from natgrad.layers import Sharing
+
+
+class CurvatureOptions(TypedDict, total=False):
+    """The keywords; documented at :class:`~natgrad.Preconditioner`."""
+
+    fisher: Fisher
+    mc_samples: int
+    inverse: str
+    factor_decay: float | Literal["auto"]
+    curvature_period: int
+    inverse_period: int
+    batch_fraction: float | Literal["auto"]
+    sharing: Sharing | dict[str, Sharing]
+    output: Callable[[Any], Tensor] | None
+    seed: int
+
+
+def check_inverse(inverse: str, fisher: Fisher) -> None:
+    """Raise a ``ValueError`` for an unknown inverse, or one that has nothing to work with."""
+    if inverse not in INVERSES:
+        raise ValueError(f"`inverse` must be one of {tuple(INVERSES)}, not {inverse!r}.")
+    if inverse == "ekfac" and fisher == "forward":
+        raise ValueError('`inverse="ekfac"` needs gradients, and `fisher="forward"` has none: use another of the two.')
+
+
+def check_numbers(kl_clip: object, factor_decay: object, batch_fraction: object) -> None:
+    """Raise a ``ValueError`` for a number out of its range."""
+    if factor_decay != "auto" and not (is_number(factor_decay) and 0 <= factor_decay < 1):
+        raise ValueError(f'`factor_decay` must be in [0, 1) or "auto", not {factor_decay!r}.')
+    if batch_fraction != "auto" and not (is_number(batch_fraction) and 0 < batch_fraction <= 1):
+        raise ValueError(f'`batch_fraction` must be in (0, 1] or "auto", not {batch_fraction!r}.')
+    if kl_clip is not None and not (is_number(kl_clip) and kl_clip > 0):
+        raise ValueError(f"`kl_clip` must be positive or None, not {kl_clip!r}.")
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise a ``ValueError`` for a keyword that is not a whole number from one on."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, not {number!r}.")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a keyword, which may also be a word, is a number."""
+    return isinstance(value, float | int)
