@@ -24,7 +24,7 @@ class Bug:
 
 
 LINEAR, KINDS, LOSSES = "test_linear_exactness.py", "test_layers_exactness.py", "test_losses.py"
-EKFAC, TOLD, MULTIPLIER = "test_ekfac.py", "test_diagnostics.py", "test_multiplier.py"
+EKFAC, TOLD, MULTIPLIER, NOISE = "test_ekfac.py", "test_diagnostics.py", "test_multiplier.py", "test_noise.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return (1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
     "loss reduced by mean treated as a sum": Bug("likelihoods.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
@@ -43,7 +43,7 @@ BUGS = {
     "output padding ignored": Bug("layers/convolution.py", "d * (k - 1) - p + extra))", "d * (k - 1) - p))", KINDS),
     "padding tokens counted": Bug("layers/embedding.py", "if padding is None else tokens != padding", "", f"{KINDS} test_layers_rows.py"),
     "swapped factors": Bug("inverses.py", 'return apply(inverse["A_inverse"], apply(inverse["G_inverse"], V).mT).mT', 'return apply(inverse["G_inverse"], apply(inverse["A_inverse"], V).mT).mT', "test_linear_step.py"),
-    "dampings exchanged": Bug("damping.py", "return lambda A, G, unit, determined: Damping(a, g)", "return lambda A, G, unit, determined: Damping(g, a)", "test_linear_step.py test_damping.py"),
+    "dampings exchanged": Bug("damping.py", "return lambda A, G, evidence: Damping(a, g)", "return lambda A, G, evidence: Damping(g, a)", "test_linear_step.py test_damping.py"),
     "pi upside down": Bug("damping.py", "squared = mean_diagonal(A) / mean_diagonal(G)", "squared = mean_diagonal(G) / mean_diagonal(A)", "test_damping.py"),
     "only the last call of a module": Bug("capture.py", "        self._calls.append(call)", "        self._calls = [c for c in self._calls if c.layer is not layer] + [call]", f"{LINEAR} {KINDS}"),
     "only the last micro-batch": Bug("factors.py", "self.G[part] += total * weight", "self.G[part] = total * weight", LINEAR),
@@ -58,10 +58,10 @@ BUGS = {
     "key and value blocks exchanged": Bug("layers/attention.py", "return slice(start, start + weight.shape[0] // self.shape[0])", "return slice(0, weight.shape[0] // self.shape[0])", "test_layers_rows.py"),
     "hidden state one step late": Bug("layers/recurrent.py", "state = step(module, z[:, t], hidden.apply(state[0], self.recorder), state)", "state = step(module, z[:, t - 1], hidden.apply(state[0], self.recorder), state)", "test_layers_recurrent.py test_layers_rows.py"),
     "weight norm without the length of v": Bug("layers/weight_norm.py", "ratio * gradients[1]", "gradients[1]", "test_layers_rows.py"),
-    "quadratic model without the batch's scale": Bug("quadratic.py", "return self.likelihood.scale(self.total_terms) * self.total_terms / own", "return self.likelihood.scale(self.total_terms)", "test_quadratic.py"),
+    "quadratic model without the batch's scale": Bug("quadratic.py", "self.likelihood.scale(self.total_terms) * self.total_terms / own", "self.likelihood.scale(self.total_terms)", "test_quadratic.py"),
     "EKFAC's eigenvalues those of K-FAC": Bug("curvature.py", "b if (s := spectra[n]) is None else b.corrected(s)", "b", "test_curvature.py"),
     "positions squared one by one": Bug("layers/spectrum.py", "(some_g.mT @ some_x).square().sum(-3)", "(some_g.square().mT @ some_x.square()).sum(-3)", EKFAC),
-    "calls squared one by one": Bug("capture.py", "joined = self.bases is not None or", "joined =", EKFAC),
+    "calls squared one by one": Bug("capture.py", "joined = self.sampling or self.bases is not None or", "joined =", EKFAC),
     "tokens of all data together": Bug("layers/embedding.py", "keys = x.squeeze(-1) + size * ", "keys = x.squeeze(-1) + 0 * ", EKFAC),
     "squares not in units of the loss": Bug("batch.py", "None if sums is None else sums * self.scale()", "sums", EKFAC),
     "squares of the last micro-batch": Bug("batch.py", "self.spectra[layer.name][part] += total", "self.spectra[layer.name][part] = total", EKFAC),
@@ -73,9 +73,12 @@ BUGS = {
     "KL of a weight-normalized step as of a gradient": Bug("diagnostics.py", "layer.step_to_matrix(moved)", "layer.to_matrix(moved)", TOLD),
     "condition of the factor without its damping": Bug("diagnostics.py", 'largest_eigenvalue(state["A"]) + damping.a', 'largest_eigenvalue(state["A"])', TOLD),
     "diagnostics draw from the user's stream": Bug("diagnostics.py", "generator=torch.Generator().manual_seed(0)", "generator=None", TOLD),
-    "age of the inverses one too many": Bug("preconditioner.py", "latest = self.steps - 1", "latest = self.steps", TOLD),
+    "age of the inverses one too many": Bug("preconditioner.py", "else {}, self.steps - 1", "else {}, self.steps", TOLD),
     "damping told of before a checkpoint": Bug("preconditioner.py", "        self.applied.clear()\n", "", TOLD),
     "tied table corrected by the head alone": Bug("layers/tied.py", "self.per_datum = not any(map(self.swaps, uses))", "self.per_datum = True", EKFAC),
+    "total counted for every datum": Bug("noise.py", "energy - total / data", "energy - total", NOISE),
+    "noise of some data for that of all": Bug("noise.py", "sample.data * inverse.lengths", "inverse.lengths", NOISE),
+    "the largest eigenvalue counted": Bug("damping.py", "(diagonal.sum(-1) - largest) / (size - 1)", "diagonal.sum(-1) / size", "test_damping.py"),
     "a multiplied loss taken for the declared one": Bug("multiplier.py", "        if told:\n            loss = product / scaler\n", "", MULTIPLIER),
     "a gradient scaler taken for a multiplied loss": Bug("multiplier.py", "    if 1 / NOISE < ratio < NOISE:", "    if True:", MULTIPLIER),
     "single data's gradients with the scaler's factor": Bug("noise.py", "(rows[1].shape[-3] * scaler**2)", "rows[1].shape[-3]", MULTIPLIER),

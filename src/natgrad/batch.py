@@ -89,7 +89,7 @@ class Forward:
         seen: The model's own output, where the loss module got a rearranged one.
         returned: What the model returned, if a function of the user's made ``output`` from that tensor.
         gradient: Of the user's loss with respect to ``returned`` or else ``output``, once it has arrived.
-        seed: Of the order in which data are chosen: for the factors from its start.
+        seed: Of the order in which data are chosen, see :func:`shuffled`.
         multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
     """
 
@@ -223,7 +223,7 @@ class Batch:
 
 def shuffled(data: int, seed: int) -> Tensor:
     """The order in which data are chosen: from its start for the factors, from its end for the quadratic model."""
-    return torch.randperm(data, generator=torch.Generator().manual_seed(seed % 2**63))
+    return torch.randperm(data, generator=torch.Generator().manual_seed(seed))
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -7,7 +7,7 @@ untouched, and the graph stays for the user's own ``backward()``. An edge, unlik
 same place after an in-place activation has overwritten the output.
 
 The empirical Fisher needs the user's own gradients: there the hooks sit on the output tensors, and the statistics
-arrive during the user's ``backward()``.
+arrive during the user's ``backward()``. So do, at the edges, the samples that tell the noise of the gradients.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,8 @@ from natgrad.layers import Bases, Layer, Sharing, at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
 
-# With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time and change little.
+# With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time, and those of a whole batch even
+# some generalization (`docs/decisions.md`).
 MIN_ROWS = 512
 # So many data tell the noise of the gradients to a few percent.
 SAMPLE = 512

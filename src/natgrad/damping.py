@@ -142,14 +142,15 @@ def mean_without_largest(factor: Tensor) -> Tensor:
     if size == 1:
         return factor.mean()
     diagonal = factor.squeeze(-1) if factor.shape[-1] == 1 else factor.diagonal(dim1=-2, dim2=-1)
-    largest = diagonal.amax(-1) if factor.shape[-1] == 1 else _largest_eigenvalue(factor)
+    # In the sum of the rows, an eigenvector of the mean is well represented.
+    start = factor.sum(-1, keepdim=True)
+    largest = diagonal.amax(-1) if factor.shape[-1] == 1 else power_iteration(factor, start, POWER_ITERATIONS)
     return ((diagonal.sum(-1) - largest) / (size - 1)).clamp(min=0).mean()
 
 
-def _largest_eigenvalue(factor: Tensor) -> Tensor:
-    """By a few power iterations from the sum of the rows, in which an eigenvector of the mean is well represented."""
-    v = factor.sum(-1, keepdim=True)
-    for _ in range(POWER_ITERATIONS):
+def power_iteration(factor: Tensor, v: Tensor, rounds: int) -> Tensor:
+    """The largest eigenvalue of a positive semi-definite factor, ([B,] d, d), from below; ([B])."""
+    for _ in range(rounds):
         v = factor @ (v / v.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny))
     largest: Tensor = v.norm(dim=-2).squeeze(-1)
     return largest

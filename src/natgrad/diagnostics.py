@@ -86,10 +86,7 @@ def largest_eigenvalue(factor: Tensor) -> Tensor:
         return factor.amax((-2, -1))
     # A generator of its own: asking for diagnostics must not change what the training draws.
     v = torch.randn(factor.shape[-1], 1, generator=torch.Generator().manual_seed(0)).to(factor)
-    for _ in range(ITERATIONS):
-        v = factor @ (v / v.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny))
-    length: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1))
-    return length
+    return dampings.power_iteration(factor, v, ITERATIONS)
 
 
 def of_step(

@@ -75,7 +75,23 @@ class CholeskyInverse(Inverse):
         return apply(inverse["A_inverse"], apply(inverse["G_inverse"], V).mT).mT
 
 
-class EigenInverse(Inverse):
+class BasisInverse(Inverse):
+    """A diagonal in the eigenbasis of both factors, ``A_basis`` and ``G_basis``."""
+
+    @abstractmethod
+    def scale(self, inverse: dict[str, Tensor]) -> Tensor:
+        """The inverse damped eigenvalues, ([B,] out, in [+ 1])."""
+
+    def lengths(self, inverse: dict[str, Tensor], layer: Layer, x: Tensor, g: Tensor) -> Tensor:
+        """In the eigenbasis."""
+        return torch.sum(self.scale(inverse) * layer.squared_gradients(x, g, _bases(inverse)))
+
+    def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
+        """To the eigenbasis, divide, and back."""
+        return scale_in_basis(_bases(inverse), V, self.scale(inverse))
+
+
+class EigenInverse(BasisInverse):
     """Eigendecompositions of both factors, which make damping of the product exact."""
 
     names = ("scale", "A_basis", "G_basis")
@@ -87,16 +103,12 @@ class EigenInverse(Inverse):
         denominator = (g.clamp(min=0) + damping.g).unsqueeze(-1) * (a.clamp(min=0) + damping.a).unsqueeze(-2)
         return {"scale": reciprocal(denominator + damping.product), "A_basis": Q_A, "G_basis": Q_G}
 
-    def lengths(self, inverse: dict[str, Tensor], layer: Layer, x: Tensor, g: Tensor) -> Tensor:
-        """In the eigenbasis."""
-        return torch.sum(inverse["scale"] * layer.squared_gradients(x, g, (inverse["A_basis"], inverse["G_basis"])))
-
-    def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
-        """To the eigenbasis, divide, and back."""
-        return scale_in_basis((inverse["A_basis"], inverse["G_basis"]), V, inverse["scale"])
+    def scale(self, inverse: dict[str, Tensor]) -> Tensor:
+        """As they were when the factors were decomposed."""
+        return inverse["scale"]
 
 
-class EkfacInverse(Inverse):
+class EkfacInverse(BasisInverse):
     """The same bases, with eigenvalues s that do not stay what they were when the factors were decomposed.
 
     They start as those of the Kronecker product, g_i a_j, counted as one batch, and the caller moves ``spectrum`` on,
@@ -118,15 +130,9 @@ class EkfacInverse(Inverse):
         age = torch.ones((), dtype=A.dtype)
         return {"spectrum": g * a, "spectrum_age": age, "shift": shift, "A_basis": Q_A, "G_basis": Q_G}
 
-    def lengths(self, inverse: dict[str, Tensor], layer: Layer, x: Tensor, g: Tensor) -> Tensor:
-        """In the eigenbasis."""
-        scale = reciprocal(inverse["spectrum"] + inverse["shift"])
-        return torch.sum(scale * layer.squared_gradients(x, g, (inverse["A_basis"], inverse["G_basis"])))
-
-    def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
-        """To the eigenbasis, divide, and back."""
-        scale = reciprocal(inverse["spectrum"] + inverse["shift"])
-        return scale_in_basis((inverse["A_basis"], inverse["G_basis"]), V, scale)
+    def scale(self, inverse: dict[str, Tensor]) -> Tensor:
+        """As they are now."""
+        return reciprocal(inverse["spectrum"] + inverse["shift"])
 
 
 INVERSES: dict[str, Inverse] = {"cholesky": CholeskyInverse(), "eigen": EigenInverse(), "ekfac": EkfacInverse()}
@@ -151,6 +157,10 @@ def to_basis(bases: Bases, V: Tensor) -> Tensor:
     """Q_Gᵀ V Q_A."""
     Q_A, Q_G = bases
     return apply(_transposed(Q_A), apply(_transposed(Q_G), V).mT).mT
+
+
+def _bases(inverse: dict[str, Tensor]) -> Bases:
+    return inverse["A_basis"], inverse["G_basis"]
 
 
 def _transposed(Q: Tensor) -> Tensor:

@@ -303,7 +303,7 @@ class Preconditioner:
         likelihood, forward = self.loss.likelihood, batch.latest
         if likelihood is None or forward is None or forward.gradient is None:
             return None
-        local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms, forward.seed)
+        local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms)
         return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms)
 
     def _check_seen(self, batch: Batch) -> None:
@@ -342,13 +342,13 @@ class Preconditioner:
         key = self._inverse.names[0]
         started = [layer for layer in self.layers if "A" in self._state(layer)]
         missing = {layer.name for layer in started if key not in self._state(layer)}
-        first = len(missing) == len(started)
-        if first and self.capture.sampling:
-            # There is no metric yet: a first one stands on no evidence, and is good enough to gather some.
-            self._refresh_inverses(started)
-            self._measure_noise(batch, anew=True)
-            self._refresh_inverses(started)
-        self._measure_noise(batch, anew=first)
+        if self.capture.sampling and len(missing) == len(started):
+            # There is no metric yet: a first one stands on no evidence, and is good enough to gather some for the next.
+            for _ in range(2):
+                self._refresh_inverses(started)
+                self._measure_noise(batch, anew=True)
+        else:
+            self._measure_noise(batch, anew=False)
         stale = missing | (self._moved if self._due else set())
         self._refresh_inverses([layer for layer in started if layer.name in stale])
 
@@ -361,6 +361,8 @@ class Preconditioner:
                     noise.remember(state, latest, anew)
 
     def _refresh_inverses(self, layers: list[Layer]) -> None:
+        if not layers:
+            return
         states = [state for state in self.states().values() if "A" in state]
         curvature = dampings.mean_curvature([state["G"] for state in states if state["A"].shape[-2] > 1])
         pooled = noise.ratio([state["noise"] for state in states if "noise" in state])

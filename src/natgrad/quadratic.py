@@ -50,7 +50,6 @@ class LocalModel:
         select: From the model's return value to the tensor that the loss sees.
         forward: A forward pass whose backward pass is done.
         terms: What the reduction divides by, over the whole batch: more than that forward's when it was split.
-        seed: Of the choice of data.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class LocalModel:
         select: Callable[[Any], Tensor],
         forward: Forward,
         terms: float,
-        seed: int,
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
         size = max(MIN_DATA, round(SHARE * forward.data))
@@ -68,7 +66,7 @@ class LocalModel:
         if size < forward.data:
             # Drawn anew at every step, and as far as possible not from the data of the factors: on the very data whose
             # factors made the direction, its curvature would look too small.
-            self.chosen = shuffled(forward.data, seed)[-size:].to(forward.output.device)
+            self.chosen = shuffled(forward.data, forward.seed)[-size:].to(forward.output.device)
         self.args, self.kwargs = subsample(forward, self.chosen)
         self.rearrange = rearrangement(forward)
         self.forward = forward
@@ -175,9 +173,14 @@ def choose(
         c = minimize(M, b, [0.0, *given[1:]])
     for halvings in range(HALVINGS + 1):
         step = combine(directions, c)
-        predicted, actual = float(b @ c + 0.5 * c @ M @ c), local.change(step)
-        diagnostics = {"predicted_change": predicted, "actual_change": actual, "halvings": float(halvings)}
-        diagnostics["kl"] = float(0.5 * c @ M @ c)
+        kl = 0.5 * c @ M @ c
+        predicted, actual = float(b @ c + kl), local.change(step)
+        diagnostics = {
+            "predicted_change": predicted,
+            "actual_change": actual,
+            "kl": float(kl),
+            "halvings": float(halvings),
+        }
         if actual <= SUFFICIENT * min(predicted, 0.0):
             return c, diagnostics
         c = c / 2
