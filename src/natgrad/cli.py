@@ -25,6 +25,7 @@ from natgrad.experiments import experiment
 from natgrad.experiments import newton as derivation
 from natgrad.experiments.bench.commands import app as bench
 from natgrad.experiments.contestants import CONTESTANTS
+from natgrad.experiments.options import refusal, split
 from natgrad.experiments.settings import DEFAULT_STEPS, NONLINEARITIES, Settings, SettingsError
 from natgrad.layers import Sharing
 from natgrad.verify import MAX_PARAMETERS
@@ -45,10 +46,6 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-def _split(names: str | None) -> tuple[str, ...] | None:
-    return None if names is None else tuple(name.strip() for name in names.split(","))
-
-
 @app.callback()
 def _natgrad(
     version: Annotated[
@@ -63,7 +60,7 @@ def autoencoder(
     context: typer.Context,
     optimizers: Annotated[
         str | None,
-        typer.Option(callback=_split, help=f"Comma-separated, of: {', '.join(CONTESTANTS)}. (default: adam,kfac)"),
+        typer.Option(callback=split, help=f"Comma-separated, of: {', '.join(CONTESTANTS)}. (default: adam,kfac)"),
     ] = None,
     nonlinearity: Annotated[str | None, typer.Option(help=f"{' or '.join(NONLINEARITIES)}. (default: sigmoid)")] = None,
     weight_norm: Annotated[bool | None, typer.Option("--weight-norm", help="Weight-normalize every layer.")] = None,
@@ -89,7 +86,7 @@ def autoencoder(
         else:
             code = experiment.start(Settings(**given), out or _new_folder(), Console(), overwrite=overwrite)
     except SettingsError as error:
-        raise _refusal(error) from error
+        raise refusal(error) from error
     raise typer.Exit(code)
 
 
@@ -105,7 +102,7 @@ def compare(
     try:
         comparison.compare(runs, out, Console())
     except SettingsError as error:
-        raise _refusal(error) from error
+        raise refusal(error) from error
 
 
 @app.command()
@@ -121,7 +118,7 @@ def report(
     try:
         write_page(run, against or [], out, Console())
     except SettingsError as error:
-        raise _refusal(error) from error
+        raise refusal(error) from error
 
 
 @app.command()
@@ -151,7 +148,7 @@ def verify(
     try:
         model, x, y, loss = _load(target)()
     except SettingsError as error:
-        raise _refusal(error) from error
+        raise refusal(error) from error
     sharing: Sharing = "reduce" if reduce else "expand"
     typer.echo(str(natgrad.verify(model, x, y, loss, sharing=sharing, max_parameters=max_parameters)))
 
@@ -172,8 +169,3 @@ def _load(target: str) -> Callable[[], tuple[Any, ...]]:
 
 def _new_folder() -> Path:
     return Path("runs") / f"autoencoder-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _refusal(error: SettingsError) -> typer.Exit:
-    typer.echo(f"natgrad: {error}", err=True)
-    return typer.Exit(2)

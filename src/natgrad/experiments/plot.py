@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import NullFormatter, NullLocator
 
-from natgrad.experiments.colours import COLOURS, GREY, INK
+from natgrad.experiments.colours import COLOURS
+from natgrad.experiments.colours import INK as OTHER
 from natgrad.experiments.curves import Curve, Run, recorded
+from natgrad.experiments.figures import GREY, INK, PALE, new_figure, plain
 
 _STYLES = ("-", "--", ":", "-.")
-_INK, _GREY, _PALE = INK.light, GREY.light, "#e8e8e8"
 # Where the name of a recorded curve stands: left-aligned below its minimum, or where that is crowded, right-aligned at
 # this step and so many points above it.
 _NAMES_AT = {("relu", "adam"): (200, -9.0), ("relu", "sgd"): (99_999, 7.0)}
@@ -34,13 +33,11 @@ def draw(runs: Sequence[Run], title: str, path: Path) -> None:
         title: What was run; shown above the plot.
         path: The file to write.
     """
-    # Without pyplot: no window system, no global list of figures to clean up.
-    figure = Figure(figsize=(11, 5), dpi=160)
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 5)
     by_steps, by_seconds = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.055, right=0.985, top=0.86, bottom=0.11, wspace=0.06)
-    figure.text(0.055, 0.945, "Test loss of a deep autoencoder on MNIST", fontsize=13, weight="bold", color=_INK)
-    figure.text(0.055, 0.895, title, fontsize=9.5, color=_GREY)
+    figure.text(0.055, 0.945, "Test loss of a deep autoencoder on MNIST", fontsize=13, weight="bold", color=INK)
+    figure.text(0.055, 0.895, title, fontsize=9.5, color=GREY)
     for nonlinearity in _references(runs):
         _draw_recorded(by_steps, by_seconds, nonlinearity)
     for curve, style in _styled(runs):
@@ -53,10 +50,10 @@ def draw(runs: Sequence[Run], title: str, path: Path) -> None:
     _finish(by_steps, "steps")
     _finish(by_seconds, "training seconds")
     by_steps.set_xlim(left=0)  # The margin would show a negative step.
-    by_steps.set_ylabel("half squared error per image", color=_INK)
+    by_steps.set_ylabel("half squared error per image", color=INK)
     if by_seconds.lines:
         # The corner that every curve that has started above its best leaves free.
-        by_seconds.legend(loc="lower left", frameon=False, labelcolor=_INK, fontsize=10)
+        by_seconds.legend(loc="lower left", frameon=False, labelcolor=INK, fontsize=10)
     figure.savefig(path, format="png")
 
 
@@ -75,10 +72,10 @@ def _draw_recorded(by_steps: Axes, by_seconds: Axes, nonlinearity: str) -> None:
     curves = recorded(nonlinearity)
     for curve in curves.values():
         steps, losses = zip(*((p.step, p.test_loss) for p in curve.points), strict=True)
-        by_steps.plot(steps, losses, color=_GREY, linewidth=0.8, alpha=0.7)
+        by_steps.plot(steps, losses, color=GREY, linewidth=0.8, alpha=0.7)
         _name_recorded(by_steps, curve, nonlinearity)
     if (best := curves["adam"].best) is not None:
-        by_seconds.axhline(best.test_loss, color=_GREY, linewidth=0.9, linestyle=(0, (1, 2)))
+        by_seconds.axhline(best.test_loss, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
         by_seconds.annotate(
             f"Adam's best in 2017: {best.test_loss:.4g} after {best.step:,} steps",
             (0.01, best.test_loss),
@@ -101,13 +98,13 @@ def _name_recorded(axes: Axes, curve: Curve, nonlinearity: str) -> None:
 
 def _note(points: float) -> dict[str, Any]:
     """The look of a small grey note, its baseline so many points above what it annotates."""
-    return {"xytext": (0, points), "textcoords": "offset points", "fontsize": 7.5, "color": _GREY}
+    return {"xytext": (0, points), "textcoords": "offset points", "fontsize": 7.5, "color": GREY}
 
 
 def _draw_curve(axes: Axes, points: Sequence[tuple[float, float]], curve: Curve, style: str) -> None:
     if not points:
         return
-    colour = COLOURS.get(curve.optimizer, INK).light
+    colour = COLOURS.get(curve.optimizer, OTHER).light
     x, best = min(points, key=lambda point: point[1])
     label = f"{curve.label}, best {best:.3g}"
     axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.9, linestyle=style, label=label)
@@ -115,19 +112,18 @@ def _draw_curve(axes: Axes, points: Sequence[tuple[float, float]], curve: Curve,
 
 
 def _finish(axes: Axes, label: str) -> None:
-    axes.set_xlabel(label, color=_INK)
+    axes.set_xlabel(label, color=INK)
     axes.set_yscale("log")
     axes.margins(x=0.08, y=0.06)
     low, high = axes.get_ylim()
     axes.set_yticks([tick for tick in _LOSS_TICKS if low <= tick <= high])
     axes.yaxis.set_minor_locator(NullLocator())
-    plain = FuncFormatter(lambda value, _: f"{value:,g}")
-    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.set_major_formatter(plain())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(plain)
-    axes.grid(which="major", color=_PALE, linewidth=0.7)
+    axes.yaxis.set_major_formatter(plain())
+    axes.grid(which="major", color=PALE, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=9)
+    axes.tick_params(colors=INK, labelsize=9)
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -15,21 +15,18 @@ from natgrad.experiments.bench.records import Folder
 from natgrad.experiments.bench.workloads import DEFAULT, WORKLOADS
 from natgrad.experiments.download import DownloadError
 from natgrad.experiments.experiment import INTERRUPTED
+from natgrad.experiments.options import refusal, split
 from natgrad.experiments.settings import SettingsError
 
 app = typer.Typer(no_args_is_help=True, help="The benchmark suite: natgrad and its rivals on every workload.")
 
 
-def _split(names: str | None) -> tuple[str, ...] | None:
-    return None if names is None else tuple(name.strip() for name in names.split(","))
-
-
 Workloads = Annotated[
     str | None,
-    typer.Option(callback=_split, help=f"Comma-separated, of: {', '.join(WORKLOADS)}. (default: {', '.join(DEFAULT)})"),
+    typer.Option(callback=split, help=f"Comma-separated, of: {', '.join(WORKLOADS)}. (default: {', '.join(DEFAULT)})"),
 ]
 Contestants = Annotated[
-    str | None, typer.Option(callback=_split, help=f"Comma-separated, of: {', '.join(CONTESTANTS)}. (default: all)")
+    str | None, typer.Option(callback=split, help=f"Comma-separated, of: {', '.join(CONTESTANTS)}. (default: all)")
 ]
 Seconds = Annotated[float | None, typer.Option(help="Training time of a run. (default: each workload's own)")]
 Steps = Annotated[int, typer.Option(min=1, help="To measure of each, after the first few.")]
@@ -90,7 +87,7 @@ def report(out: Out = OUT) -> None:
 def overhead(
     contestants: Contestants = None,
     axes: Annotated[
-        str | None, typer.Option(callback=_split, help=f"What to vary, of: {', '.join(models.AXES)}. (default: all)")
+        str | None, typer.Option(callback=split, help=f"What to vary, of: {', '.join(models.AXES)}. (default: all)")
     ] = None,
     steps: Steps = 30,
     threads: Threads = 1,
@@ -117,8 +114,7 @@ def _attempt(threads: int, call: Callable[[], None]) -> None:
     try:
         call()
     except (SettingsError, DownloadError) as error:
-        typer.echo(f"natgrad: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise refusal(error) from error
     except KeyboardInterrupt as error:
         typer.echo("Stopped. The same command goes on from here.", err=True)
         raise typer.Exit(INTERRUPTED) from error

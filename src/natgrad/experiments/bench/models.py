@@ -13,7 +13,8 @@ from rich.console import Console
 
 from natgrad.experiments.bench.contestants import CONTESTANTS
 from natgrad.experiments.bench.cost import PLAIN, Row, collect, ratio
-from natgrad.experiments.bench.style import COLOURS, GREY, finish, new_figure, save
+from natgrad.experiments.bench.style import COLOURS, finish, save
+from natgrad.experiments.figures import GREY, new_figure
 from natgrad.experiments.settings import SettingsError
 from natgrad.experiments.table import Sheet
 
@@ -96,7 +97,7 @@ def exponent(values: dict[int, float]) -> str:
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
     axes = list(dict.fromkeys(row.axis for row in rows))
-    figure = new_figure(2.6 * len(axes), 2.9)
+    figure = new_figure(2.6 * len(axes), 2.9, constrained=True)
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
         for name in dict.fromkeys(row.contestant for row in rows if row.contestant != PLAIN):

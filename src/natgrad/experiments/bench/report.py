@@ -18,8 +18,9 @@ from natgrad.experiments.bench.memory import MEMORY
 from natgrad.experiments.bench.records import Folder
 from natgrad.experiments.bench.results import REFERENCE, Result, Spread, profile, results, runs, target
 from natgrad.experiments.bench.spaces import DECAY
-from natgrad.experiments.bench.style import COLOURS, GREY, finish, new_figure, save
+from natgrad.experiments.bench.style import COLOURS, finish, save
 from natgrad.experiments.bench.workloads import WORKLOADS
+from natgrad.experiments.figures import GREY, new_figure
 from natgrad.experiments.table import Sheet
 
 TITLES = {"tuned": "Every contestant tuned", "defaults": "Every contestant with its defaults"}
@@ -86,6 +87,7 @@ def track_sheet(
     """What each contestant took to each target."""
     header = ("workload", "optimizer", "steps", "seconds", "× AdamW", "least loss", "peak MB")
     lines: list[tuple[str, ...] | None] = []
+    references = {r.workload: r for r in results(folder, REFERENCE[0]) if r.contestant == REFERENCE[1]}
     previous = ""
     for result in found:
         goal = target(folder, result.workload)
@@ -98,7 +100,7 @@ def track_sheet(
                 label_of(name_of(result, track)),
                 spread(result.steps, ",.0f"),
                 spread(result.seconds, ".3g"),
-                relative(folder, result, goal),
+                relative(result, references.get(result.workload)),
                 spread(result.loss, ".4g"),
                 "–" if own is None else f"{own / 1e6:,.0f}",
             )
@@ -126,14 +128,10 @@ def spread(values: Spread | None, form: str) -> str:
     return median if low == high else f"{median} ({low}–{high})"
 
 
-def relative(folder: Folder, result: Result, goal: float | None) -> str:
-    """The median time as a multiple of tuned AdamW's, to its target."""
-    if goal is None or result.seconds is None:
+def relative(result: Result, reference: Result | None) -> str:
+    """The median time as a multiple of the reference's, to its target; a dash where one of them has none."""
+    if result.seconds is None or reference is None or reference.seconds is None:
         return "–"
-    reference = next(
-        r for r in results(folder, REFERENCE[0]) if (r.workload, r.contestant) == (result.workload, "adamw")
-    )
-    assert reference.seconds is not None
     if math.isinf(result.seconds.median) or not reference.seconds.median:
         return "–"
     return f"{result.seconds.median / reference.seconds.median:.2f}"
@@ -154,7 +152,7 @@ def space_sheet() -> Sheet:
 
 
 def _draw_profiles(tracks: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    figure = new_figure(5.4 * len(tracks), 3.8)
+    figure = new_figure(5.4 * len(tracks), 3.8, constrained=True)
     for axes, (track, own) in zip(figure.subplots(1, len(tracks), squeeze=False)[0], tracks.items(), strict=True):
         ratios = profile(own)
         count = len({workload for times_ in own.values() for workload in times_})
@@ -178,7 +176,7 @@ def _draw_profiles(tracks: dict[str, dict[str, dict[str, float]]], path: Path) -
 
 def _draw_curves(folder: Folder, tracks: dict[str, list[Result]], path: Path) -> None:
     workloads = list(dict.fromkeys(result.workload for found in tracks.values() for result in found))
-    figure = new_figure(4.2 * len(tracks), 2.9 * len(workloads))
+    figure = new_figure(4.2 * len(tracks), 2.9 * len(workloads), constrained=True)
     grid = figure.subplots(len(workloads), len(tracks), squeeze=False)
     for row, workload in zip(grid, workloads, strict=True):
         for axes, (track, found) in zip(row, tracks.items(), strict=True):

@@ -3,28 +3,22 @@
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
-# Okabe and Ito's palette: distinguishable with any colour vision. natgrad has the strongest.
+from natgrad.experiments import colours
+from natgrad.experiments.figures import INK, PALE, plain
+
+# The same palette as the experiment's, of which these three are contestants too.
 COLOURS = {
-    "kfac": "#D55E00",
-    "adamw": "#0072B2",
-    "sgd": "#56B4E9",
+    "kfac": colours.COLOURS["kfac"].light,
+    "adamw": colours.COLOURS["adam"].light,
+    "sgd": colours.COLOURS["sgd"].light,
     "muon": "#009E73",
     "soap": "#CC79A7",
     "shampoo": "#E69F00",
     "singd": "#8c8c8c",
 }
-INK, GREY, PALE = "#333333", "#8c8c8c", "#e8e8e8"
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure without pyplot: no window system, no global list of figures to clean up."""
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def finish(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
@@ -33,7 +27,7 @@ def finish(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
     axes.set_xlabel(x_label, color=INK, fontsize=9)
     axes.set_ylabel(y_label, color=INK, fontsize=9)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_major_formatter(plain())
         axis.set_minor_formatter(NullFormatter())
     axes.grid(which="major", color=PALE, linewidth=0.7)
     axes.set_axisbelow(True)

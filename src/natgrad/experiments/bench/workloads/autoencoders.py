@@ -1,5 +1,6 @@
 """Autoencoders of MNIST: the article's, and the classical one of Hinton and Salakhutdinov (2006)."""
 
+import copy
 import itertools
 from collections.abc import Iterator
 
@@ -27,7 +28,8 @@ def article(name: str, seconds: float, settings: Settings) -> Workload:
         return Settings(**{**settings.to_json(), "seed": seed})
 
     def batches(seed: int) -> Iterator[Batch]:
-        own = autoencoder.Problem(seeded_settings(seed))
+        own = copy.copy(problem)  # with the same images
+        own.settings = seeded_settings(seed)
         yield from ((x, x) for x in map(own.batch, itertools.count()))
 
     return Workload(
