@@ -44,6 +44,40 @@ def test_total_and_noise_are_those_of_the_data(inverse: str, shape: tuple[int, .
         torch.testing.assert_close(told, expected, rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("case", ["few positions", "many positions", "padded embedding", "wide embedding", "grouped"])
+def test_lengths_are_those_of_the_solutions(case: str) -> None:
+    """Catches a form of the lengths that holds for few positions, dense factors or distinct tokens only."""
+    torch.manual_seed(0)
+    module, x = {
+        "few positions": (nn.Linear(3, 4), torch.randn(5, 2, 3)),
+        "many positions": (nn.Linear(1, 2), torch.randn(5, 7, 1)),
+        "padded embedding": (nn.Embedding(6, 3, padding_idx=0), torch.randint(6, (5, 8))),
+        "wide embedding": (nn.Embedding(4, 9000), torch.randint(4, (3, 2))),
+        "grouped": (nn.Conv2d(4, 2, 3, groups=2, padding=1), torch.randn(3, 4, 5, 5)),
+    }[case]
+    preconditioner = natgrad.Preconditioner(module, "mse", fisher="exact" if case != "wide embedding" else "mc")
+    for _ in range(2):
+        z = module(x)
+        mse_loss(z, torch.linspace(-1, 1, z.numel()).reshape(z.shape)).backward()
+        preconditioner.update()
+    (layer,), (sample,) = preconditioner.layers, preconditioner.batch.samples[""]
+    state, inverse = preconditioner.states()[""], preconditioner._inverse
+    lengths = []
+    for one, g in zip(sample.xs[0], sample.gs[0], strict=True):
+        rows = layer.inputs(one[None]), layer.gradients(g[None], one[None])
+        x1, g1 = (rows[0], rows[1])
+        if isinstance(module, nn.Embedding):
+            x1 = nn.functional.one_hot(x1.squeeze(-1), module.num_embeddings).to(g1.dtype)
+        V = torch.einsum("...so,...si->...oi", g1, x1).squeeze(-3)
+        if layer.has_bias:
+            V = torch.cat([V, g1.sum(-2).squeeze(-2)[..., None]], -1)
+        lengths.append(torch.sum(V * inverse.solve(state, V)))
+    rows = sample.rows()
+    assert rows is not None
+    told = inverse.lengths(state, layer, *rows)
+    torch.testing.assert_close(told, torch.stack(lengths).sum(), rtol=1e-8, atol=0)
+
+
 def test_ratio_is_one_without_evidence_and_bounded_with_little() -> None:
     assert noise.ratio([]) == 1.0
     assert noise.ratio([torch.tensor([3.0, 1.0])]) == pytest.approx(0.5)

@@ -60,15 +60,8 @@ class CholeskyInverse(Inverse):
         return {"A_inverse": invert(A, damping.a, "A"), "G_inverse": invert(G, damping.g, "G")}
 
     def lengths(self, inverse: dict[str, Tensor], layer: Layer, x: Tensor, g: Tensor) -> Tensor:
-        """In the basis of a root of each inverse, in which the block is the identity."""
-        factors = inverse["A_inverse"], inverse["G_inverse"]
-        # Columns count as the identity there, and are made up for afterwards.
-        roots = [P if P.shape[-1] == 1 else torch.linalg.cholesky_ex(P)[0] for P in factors]
-        squares = layer.squared_gradients(x, g, (roots[0], roots[1]))
-        for P, side in zip(factors, (squares.mT, squares), strict=True):
-            if P.shape[-1] == 1:
-                side.mul_(P)
-        return squares.sum()
+        """In the metric of both inverses."""
+        return layer.squared_length(x, g, (inverse["A_inverse"], inverse["G_inverse"]))
 
     def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
         """G⁻¹ V A⁻¹."""

@@ -41,7 +41,9 @@ def measure(layer: Layer, samples: Sequence[Sample], inverse: Inverse, state: St
     for sample in samples:
         rows = sample.rows()
         if rows is not None:
-            energy = energy + sample.data * inverse.lengths(state, layer, *rows) / (rows[1].shape[-3] * scaler**2)
+            energy = energy + sample.data * inverse.lengths(state, sample.layer, *rows) / (
+                rows[1].shape[-3] * scaler**2
+            )
     total = torch.sum(inverse.solve(state, V) * V)
     if not data or not energy > 0 or not total > 0:
         return None

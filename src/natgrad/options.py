@@ -8,6 +8,7 @@ from torch import Tensor
 from natgrad.batch import Fisher
 from natgrad.inverses import INVERSES
 from natgrad.layers import Sharing
+from natgrad.schedule import Period
 
 
 class CurvatureOptions(TypedDict, total=False):
@@ -17,8 +18,8 @@ class CurvatureOptions(TypedDict, total=False):
     mc_samples: int
     inverse: str
     factor_decay: float | Literal["auto"]
-    curvature_period: int
-    inverse_period: int
+    curvature_period: Period
+    inverse_period: Period
     batch_fraction: float | Literal["auto"]
     sharing: Sharing | dict[str, Sharing]
     output: Callable[[Any], Tensor] | None
@@ -48,6 +49,11 @@ def check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, not {number!r}.")
+
+
+def check_periods(**periods: Period) -> None:
+    """Raise a ``ValueError`` for a keyword that is neither a number of steps nor ``"auto"``."""
+    check_positive(**{name: period for name, period in periods.items() if period != "auto"})
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import damping as dampings
-from natgrad import diagnostics, noise
+from natgrad import diagnostics, noise, schedule
 from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture, check_fisher
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
@@ -26,8 +26,9 @@ from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
 from natgrad.multiplier import LossMultiplier
-from natgrad.options import check_inverse, check_numbers, check_positive
+from natgrad.options import check_inverse, check_numbers, check_periods, check_positive
 from natgrad.quadratic import LocalModel
+from natgrad.schedule import Period
 
 State = MutableMapping[Tensor, dict[str, Any]]
 _logger = logging.getLogger("natgrad")
@@ -54,8 +55,9 @@ class Preconditioner:
             embedding that shares its weight with a linear layer keeps the eigenvalues of ``"eigen"``.
         factor_decay: Weight ρ of the running average of the factors; 0 uses the current batch alone, as ``"auto"`` does
             for a layer to which the batch gives a row for each dimension; with fewer it means 0.95.
-        curvature_period: Steps between updates of the factors.
-        inverse_period: Steps between updates of the inverses.
+        curvature_period: Steps between updates of the factors. ``"auto"``: 1 at first, then a quarter of the steps
+            taken, at most 16; always 1 with ``inverse="ekfac"``.
+        inverse_period: Steps between updates of the inverses. ``"auto"``: the same, in the end one layer after another.
         batch_fraction: Share of the data whose rows enter the factors; ``"auto"`` takes all of a small batch and, of a
             large one, a row for each dimension of the larger factor but no fewer than 512, drawn anew at each step.
         sharing: ``"expand"`` or ``"reduce"``, for all layers or by layer name.
@@ -90,8 +92,8 @@ class Preconditioner:
         mc_samples: int = 1,
         inverse: str = "cholesky",
         factor_decay: float | Literal["auto"] = "auto",
-        curvature_period: int = 1,
-        inverse_period: int = 1,
+        curvature_period: Period = "auto",
+        inverse_period: Period = "auto",
         batch_fraction: float | Literal["auto"] = "auto",
         sharing: Sharing | dict[str, Sharing] = "expand",
         output: Callable[[Any], Tensor] | None = None,
@@ -100,13 +102,16 @@ class Preconditioner:
         self.loss = resolve(loss)
         check_fisher(fisher, self.loss.likelihood)
         check_numbers(kl_clip, factor_decay, batch_fraction)
-        check_positive(mc_samples=mc_samples, curvature_period=curvature_period, inverse_period=inverse_period)
+        check_positive(mc_samples=mc_samples)
+        check_periods(curvature_period=curvature_period, inverse_period=inverse_period)
         check_inverse(inverse, fisher)
         self.model = unwrap(model)
         self.partition = partition(self.model)
         self.layers = self.partition.require_layers()
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
-        self.curvature_period, self.inverse_period = curvature_period, inverse_period
+        # Between updates of the inverses, EKFAC's eigenvalues follow every batch.
+        moving = curvature_period == "auto" and inverse == "ekfac"
+        self.curvature_period, self.inverse_period = 1 if moving else curvature_period, inverse_period
         self.damping_rule = dampings.resolve(damping, inverse)
         self.state: State = defaultdict(dict)
         self.skipped_steps = 0
@@ -195,7 +200,7 @@ class Preconditioner:
             state = self._state(layer)
             state["step"] = state.get("step", torch.zeros(())) + 1
         self.capture.step = self.steps
-        self.capture.enabled = self.steps % self.curvature_period == 0
+        self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
         return True
 
     @torch.no_grad()
@@ -284,7 +289,7 @@ class Preconditioner:
         self._moved = {layer.name for layer in self.layers}
         self.capture.take()
         self.capture.step = self.steps
-        self.capture.enabled = self.steps % self.curvature_period == 0
+        self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
 
     def _state(self, layer: Layer) -> dict[str, Any]:
         return self.state[layer.parameters[0]]
@@ -292,11 +297,12 @@ class Preconditioner:
     def _bases(self, layer: Layer) -> Bases | None:
         """Where second moments are wanted; not just before new bases, in which they would start anew."""
         state = self._state(layer)
-        return None if self._due or "spectrum" not in state else (state["A_basis"], state["G_basis"])
+        return None if layer.name in self._due() or "spectrum" not in state else (state["A_basis"], state["G_basis"])
 
-    @property
-    def _due(self) -> bool:
-        return self.steps % self.inverse_period == 0
+    def _due(self) -> set[str]:
+        """Whose inverse it is time to refresh."""
+        costs = {layer.name: layer.inversion_cost for layer in self.layers}
+        return schedule.turn(self.steps, self.inverse_period, costs)
 
     def _multiplier(self, batch: Batch) -> LossMultiplier | None:
         """For what a batch tells about the number that multiplies the loss; None without a loss or a backward pass."""
@@ -349,7 +355,7 @@ class Preconditioner:
                 self._measure_noise(batch, anew=True)
         else:
             self._measure_noise(batch, anew=False)
-        stale = missing | (self._moved if self._due else set())
+        stale = missing | (self._moved & self._due())
         self._refresh_inverses([layer for layer in started if layer.name in stale])
 
     def _measure_noise(self, batch: Batch, anew: bool) -> None:

@@ -40,6 +40,8 @@ SHARE, MIN_DATA = 1 / 10, 512
 SUFFICIENT, HALVINGS = 0.1, 8
 _logger = logging.getLogger("natgrad")
 
+Outputs = tuple[Tensor, ...]
+
 
 class LocalModel:
     """The loss near the current parameters, from some of one forward pass's data.
@@ -78,16 +80,18 @@ class LocalModel:
         self.multiplier, self.scaler = 1.0, 1.0
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
         self.parts = (0.0, 0.0)
-        self._before: tuple[Tensor, Tensor] | None = None
+        self._before: Outputs | None = None
 
     def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
         """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move."""
         parameters = self._parameters(directions[0])
-        at, products = torch.empty(0), []
+        products = []
         for direction in directions:
             tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
-            at, product = directional_derivative(lambda moving: self._run(moving)[1], parameters, tangent)
+            self._before, (_, product) = directional_derivative(self._run, parameters, tangent)
             products.append(product)
+        assert self._before is not None
+        _, at = self._before
         root = 1.0 if self.weights is None else self.weights.curvature.sqrt()
         J = torch.stack([(product * root).flatten() for product in products])
         HJ = torch.stack([(root * self.likelihood.hessian_product(at, product)).flatten() for product in products])
@@ -97,7 +101,7 @@ class LocalModel:
         """Derivative along the direction of what the user differentiated, by its gradient at the output."""
         parameters = self._parameters(direction)
         tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
-        _, product = directional_derivative(lambda moving: self._run(moving)[0], parameters, tangent)
+        self._before, (product, _) = directional_derivative(self._run, parameters, tangent)
         assert self.forward.gradient is not None
         return float(torch.sum(self._take(self.forward.gradient) * product) / self.share)
 
@@ -197,9 +201,9 @@ def combine(directions: Sequence[dict[str, Tensor]], c: Tensor) -> dict[str, Ten
 
 
 def directional_derivative(
-    output: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], direction: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The output, and its derivative along the direction: exact by forward-mode differentiation, where there is one."""
+    output: Callable[[dict[str, Tensor]], Outputs], parameters: dict[str, Tensor], direction: dict[str, Tensor]
+) -> tuple[Outputs, Outputs]:
+    """The outputs and their derivatives along the direction: exact by forward-mode differentiation, if there is one."""
     try:
         with warnings.catch_warnings():
             # torch 2.13 warns of its own use of it, at the first call.
@@ -211,18 +215,20 @@ def directional_derivative(
 
 
 def central_difference(
-    output: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], direction: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The output, and its derivative along the direction up to the ⅔ power of the rounding error."""
+    output: Callable[[dict[str, Tensor]], Outputs], parameters: dict[str, Tensor], direction: dict[str, Tensor]
+) -> tuple[Outputs, Outputs]:
+    """The outputs, and their derivatives along the direction up to the ⅔ power of the rounding error."""
     size = torch.stack(torch._foreach_norm(list(parameters.values()))).norm()
     length = torch.stack(torch._foreach_norm(list(direction.values()))).norm()
     epsilon = torch.finfo(size.dtype).eps ** (1 / 3) * size / length.clamp(min=torch.finfo(size.dtype).tiny)
 
-    def shifted(by: Tensor) -> Tensor:
+    def shifted(by: Tensor) -> Outputs:
         return output({name: parameter + by * direction[name] for name, parameter in parameters.items()})
 
-    ahead, behind = shifted(epsilon), shifted(-epsilon)
-    return (ahead + behind) / 2, (ahead - behind) / (2 * epsilon)
+    slopes = [
+        (ahead - behind) / (2 * epsilon) for ahead, behind in zip(shifted(epsilon), shifted(-epsilon), strict=True)
+    ]
+    return output(parameters), tuple(slopes)
 
 
 def _devices(parameters: dict[str, Tensor]) -> list[torch.device]:

@@ -73,7 +73,7 @@ def describe(model: nn.Module, *, strict: bool = False) -> Description:
     parts = partition(model)
     if strict:
         parts.refuse_fallbacks()
-    total = sum(map(_cubes, parts.layers)) or 1
+    total = sum(layer.inversion_cost for layer in parts.layers) or 1
     rows = [
         Row(
             layer.name,
@@ -81,7 +81,7 @@ def describe(model: nn.Module, *, strict: bool = False) -> Description:
             tuple(_size(layer, side) for side in (0, 1)),
             sum(p.numel() for p in layer.parameters),
             2 * 4 * sum(_entries(layer, side) for side in (0, 1)),
-            _cubes(layer) / total,
+            layer.inversion_cost / total,
             "",
         )
         for layer in parts.layers
@@ -102,11 +102,6 @@ def _size(layer: Layer, side: int) -> str:
 def _entries(layer: Layer, side: int) -> int:
     d = layer.shape[side]
     return (layer.blocks or 1) * (d if layer.diagonal[side] else d * d)
-
-
-def _cubes(layer: Layer) -> int:
-    """What inverting both factors costs, up to a constant."""
-    return (layer.blocks or 1) * sum(1 if layer.diagonal[side] else layer.shape[side] ** 3 for side in (0, 1))
 
 
 def _bytes(number: float) -> str:

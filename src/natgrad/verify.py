@@ -204,10 +204,10 @@ class Truth:
         parameters = {self.names[p]: p.detach() for p in layer.parameters}
         step = {self.names[p]: d.contiguous() for p, d in zip(layer.parameters, layer.from_matrix(V), strict=True)}
 
-        def output(moving: dict[str, Tensor]) -> Tensor:
-            return self.select(functional_call(self.model, moving, (self.x,)))
+        def output(moving: dict[str, Tensor]) -> tuple[Tensor]:
+            return (self.select(functional_call(self.model, moving, (self.x,))),)
 
-        _, Jv = directional_derivative(output, parameters, step)
+        _, (Jv,) = directional_derivative(output, parameters, step)
         HJv = self.scale * self._hessian(Jv.unsqueeze(0), slice(None)).squeeze(0)
         grads = torch.autograd.grad(self.output, layer.parameters, HJv.to(self.output), retain_graph=True)
         return layer.to_matrix(grads)

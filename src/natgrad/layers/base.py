@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from natgrad.layers.moments import Moment, Sharing, moment
-from natgrad.layers.spectrum import Bases, squared_gradients
+from natgrad.layers.spectrum import Bases, squared_gradients, squared_length
 
 # A factor of more dimensions than this is kept as a diagonal: a dense one of 8,192 takes 256 MB and a second to invert.
 MAX_DENSE = 8192
@@ -142,6 +142,11 @@ class Layer(ABC):
         out, width = self.shape
         return out > MAX_DENSE, width > MAX_DENSE
 
+    @property
+    def inversion_cost(self) -> int:
+        """Of both factors, up to a constant: the sum of their cubed sizes."""
+        return (self.blocks or 1) * sum(1 if self.diagonal[side] else self.shape[side] ** 3 for side in (0, 1))
+
     def input_moment(self, rows: Tensor, sharing: Sharing) -> Moment:
         """What rows made by ``inputs`` add to A."""
         return moment(rows, self.has_bias, sharing, self.diagonal[1])
@@ -153,6 +158,10 @@ class Layer(ABC):
     def squared_gradients(self, x: Tensor, g: Tensor, bases: Bases) -> Tensor:
         """Second moments of the data's gradients in a basis, ([B,] out, in [+ 1]), of rows that belong together."""
         return squared_gradients(x, g, self.has_bias, bases)
+
+    def squared_length(self, x: Tensor, g: Tensor, metrics: Bases) -> Tensor:
+        """Sum over data of the squared lengths of their gradients, in the metric P_A, P_G of the two sides."""
+        return squared_length(x, g, self.has_bias, metrics)
 
 
 class WeightLayer(Layer):

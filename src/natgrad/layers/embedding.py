@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from natgrad.layers.base import WeightLayer, register
 from natgrad.layers.moments import Moment, Sharing, at_least_float32
-from natgrad.layers.spectrum import Bases, rotate_rows
+from natgrad.layers.spectrum import Bases, rotate_rows, times
 
 
 @register(nn.Embedding)
@@ -60,12 +60,22 @@ class EmbeddingLayer(WeightLayer):
 
     def squared_gradients(self, x: Tensor, g: Tensor, bases: Bases) -> Tensor:
         """The basis of A is the identity: a column is the sum over data of squared sums over a token's positions."""
-        g = rotate_rows(at_least_float32(g), bases[1]).flatten(0, 1)  # zero where the token is padding
+        tokens, columns = self._columns(x, g)
+        squares = rotate_rows(columns[None], bases[1]).squeeze(0).square()
+        return squares.new_zeros(self.module.num_embeddings, g.shape[-1]).index_add_(0, tokens, squares).mT
+
+    def squared_length(self, x: Tensor, g: Tensor, metrics: Bases) -> Tensor:
+        """The metric of A is diagonal."""
+        tokens, columns = self._columns(x, g)
+        return torch.sum(metrics[0][tokens] * columns * times(columns[None], metrics[1]).squeeze(0))
+
+    def _columns(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns that are not zero of each datum's gradient, (n, dim), and the token that each belongs to."""
+        g = at_least_float32(g).flatten(0, 1)  # zero where the token is padding
         size = self.module.num_embeddings
         keys = x.squeeze(-1) + size * torch.arange(x.shape[0], device=x.device).unsqueeze(1)
         distinct, place = keys.flatten().unique(return_inverse=True)
-        by_datum = g.new_zeros(len(distinct), g.shape[-1]).index_add_(0, place, g)
-        return g.new_zeros(size, g.shape[-1]).index_add_(0, distinct % size, by_datum.square()).mT
+        return distinct % size, g.new_zeros(len(distinct), g.shape[-1]).index_add_(0, place, g)
 
     def to_matrix(self, gradients: Sequence[Tensor]) -> Tensor:
         """(dim, tokens)."""

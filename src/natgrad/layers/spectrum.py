@@ -1,11 +1,16 @@
-"""Second moments of the data's gradients in a basis, which EKFAC takes for the eigenvalues of a block.
+"""Squares of the gradients of single data: entry by entry in a basis, or as lengths in a metric.
 
 With V_n = Σ_s g_s x_sᵀ the gradient of datum n, a sum over its positions, and bases Q_A, Q_G of its two sides,
 
     Σ_n (Q_Gᵀ V_n Q_A)²                 entry by entry; in units of the loss R times this is diag(Qᵀ F Q), Q = Q_G ⊗ Q_A
 
-is the diagonal of the exact block in that basis. Rows are rotated first. With one position it is then a single product,
-(g²)ᵀ (x²); with several the gradients of a few data at a time are built, so that memory stays bounded.
+is the diagonal of the exact block in that basis, which EKFAC takes for eigenvalues. Rows are rotated first. With one
+position it is then a single product, (g²)ᵀ (x²); with several the gradients of a few data at a time are built, so that
+memory stays bounded. In a metric P_G ⊗ P_A the lengths
+
+    Σ_n tr V_nᵀ P_G V_n P_A = Σ_n Σ_st (x_sᵀ P_A x_t) (g_sᵀ P_G g_t)
+
+need them only where the positions are many.
 
 Source: George et al. (2018), arXiv:1806.03884, section 3.
 """
@@ -31,20 +36,44 @@ def squared_gradients(x: Tensor, g: Tensor, bias: bool, bases: Bases) -> Tensor:
         bias: Whether a 1 is appended to each row of x.
         bases: Of the two sides.
     """
-    x, g = at_least_float32(x), at_least_float32(g)
-    if bias:
-        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
-    x, g = rotate_rows(x, bases[0]), rotate_rows(g, bases[1])
+    x, g = rotate_rows(extended(x, bias), bases[0]), rotate_rows(at_least_float32(g), bases[1])
     if x.shape[-2] == 1:
         return g.squeeze(-2).square().mT @ x.squeeze(-2).square()
-    blocks = max(x.shape[:-3].numel(), g.shape[:-3].numel())
-    data = max(1, CHUNK // (blocks * x.shape[-1] * g.shape[-1]))
     total = x.new_zeros(())
-    for some_x, some_g in zip(x.split(data, dim=-3), g.split(data, dim=-3), strict=True):
+    for some_x, some_g in zip(x.split(chunk(x, g), dim=-3), g.split(chunk(x, g), dim=-3), strict=True):
         total = total + (some_g.mT @ some_x).square().sum(-3)
     return total
+
+
+def squared_length(x: Tensor, g: Tensor, bias: bool, metrics: Bases) -> Tensor:
+    """Σ_n tr V_nᵀ P_G V_n P_A, a scalar; arguments as above, with P_A and P_G, where a column is a diagonal."""
+    x, g = extended(x, bias), at_least_float32(g)
+    longer_x, longer_g = times(x, metrics[0]), times(g, metrics[1])
+    if x.shape[-2] ** 2 <= x.shape[-1] * g.shape[-1]:
+        return torch.sum((x @ longer_x.mT) * (g @ longer_g.mT))
+    total = x.new_zeros(())
+    for some in zip(*(rows.split(chunk(x, g), dim=-3) for rows in (x, g, longer_x, longer_g)), strict=True):
+        total = total + torch.sum((some[1].mT @ some[0]) * (some[3].mT @ some[2]))
+    return total
+
+
+def extended(x: Tensor, bias: bool) -> Tensor:
+    """Rows in the precision of statistics, with a 1 appended if there is a bias."""
+    x = at_least_float32(x)
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if bias else x
+
+
+def chunk(x: Tensor, g: Tensor) -> int:
+    """Of how many data gradients are built at a time."""
+    blocks = max(x.shape[:-3].numel(), g.shape[:-3].numel())
+    return max(1, CHUNK // (blocks * x.shape[-1] * g.shape[-1]))
 
 
 def rotate_rows(rows: Tensor, Q: Tensor) -> Tensor:
     """Rows ([B,] N, S, d) times Q."""
     return rows if Q.shape[-1] == 1 else rows @ Q.unsqueeze(-3)
+
+
+def times(rows: Tensor, P: Tensor) -> Tensor:
+    """Rows ([B,] N, S, d) times a symmetric P, whose column is a diagonal."""
+    return rows * P.mT.unsqueeze(-3) if P.shape[-1] == 1 else rotate_rows(rows, P)
