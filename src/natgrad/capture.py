@@ -79,7 +79,7 @@ class Capture:
         sampling: bool,
     ) -> None:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
-        self.batch_fraction, self.sharing, self.output, self.seed = batch_fraction, sharing, output, seed
+        self.batch_fraction, self.output, self.seed = batch_fraction, output, seed
         self.sampling = sampling
         self.attached = self.enabled = True
         self.step = 0
@@ -91,30 +91,30 @@ class Capture:
         self._waiting: Forward | None = None  # for the loss module to be called
         self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
         self._forward_seed = 0
-        self._watched: list[RemovableHandle] = []
+        self._model, self._handles = model, list[RemovableHandle]()
         self.watch(layers, sharing)
-        self._handles = [
-            model.register_forward_pre_hook(self._before_model),
-            model.register_forward_hook(self._after_model, with_kwargs=True),
-        ]
-        if loss.module is not None:
-            self._handles.append(loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
-        if isinstance(loss.function, nn.Module):
-            self._handles.append(loss.function.register_forward_hook(self._watch_value, with_kwargs=True))
 
     def watch(self, layers: list[Layer], sharing: dict[str, Sharing]) -> None:
         """Watch those of ``layers`` that ``sharing`` names, and no others."""
         self.sharing = sharing
-        modules = {id(layer.module) for layer in layers if layer.name in sharing}
-        for handle in self._watched:
-            handle.remove()
+        self.close()
+        self.attached = True
         # Of the layers of one module, one may report for all.
-        self._watched = [h for layer in layers if id(layer.module) in modules for h in layer.watch(self)]
+        modules = {id(layer.module) for layer in layers if layer.name in sharing}
+        self._handles = [h for layer in layers if id(layer.module) in modules for h in layer.watch(self)]
+        self._handles += [
+            self._model.register_forward_pre_hook(self._before_model),
+            self._model.register_forward_hook(self._after_model, with_kwargs=True),
+        ]
+        if self.loss.module is not None:
+            self._handles.append(self.loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
+        if isinstance(self.loss.function, nn.Module):
+            self._handles.append(self.loss.function.register_forward_hook(self._watch_value, with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks off the model."""
         self.attached = False
-        for handle in (*self._watched, *self._handles):
+        for handle in self._handles:
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,9 +192,9 @@ class Capture:
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], raw: Any) -> None:
         calls, self._calls = self._calls, None
-        if calls is None:
+        if calls is None or not (output := self.select(raw)).requires_grad:
             return
-        forward = Forward(args, kwargs, self.select(raw), self._uses(calls), seed=self._forward_seed)
+        forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed)
         if self.loss.module is None:
             if self.output is not None and isinstance(raw, Tensor):
                 forward.returned = raw
