@@ -87,7 +87,7 @@ BUGS = {
     "soft targets taken for labels": Bug("multiplier.py", "variety > max(VARIETY, EVIDENCE * (1 - low / top))", "True", MULTIPLIER),
     "a step too long left as it is": Bug("multiplier.py", "        return factor <= 1\n", "        return True\n", f"{MULTIPLIER} test_robustness.py"),
     "a module's multiplier overlooked": Bug("capture.py", "value.register_hook(forward.add_multiplier)", "pass", MULTIPLIER),
-    "inverses that waited computed anew": Bug("preconditioner.py", "if self._state(layer).pop(states.MOVED, True)", "if self._state(layer).pop(states.MOVED, True) or True", RESUME),
+    "inverses that waited computed anew": Bug("preconditioner.py", "if self._state(layer).get(states.MOVED, True)", "if True", RESUME),
     "factors cast to the parameter's dtype": Bug("optimizer.py", 'if group["fallback"] else arrived[p]', "if True else arrived[p]", "test_optimizer_contracts.py"),
     "state that only training creates": Bug("state.py", '*(["noise"] if sampling else [])', "", RESUME),
     "multipliers of the network left with a layer": Bug("state.py", "        state[after[0].parameters[0]].update(shared)\n", "", GROUPS),

@@ -71,11 +71,12 @@ def test_kfac_goes_on_bitwise(through: Write, mode: dict[str, Any], steps: int, 
     whole, resumed = (natgrad.KFAC(network(), "mse", weight_decay=0.1, **mode) for _ in range(2))
     train(whole, *range(steps))
     through(whole, resumed, tmp_path)
-    for seed in range(steps, steps + 5):
+    if steps:
         assert_same(values(resumed), values(whole))
+    for seed in range(steps, steps + 5):
         train(whole, seed)
         train(resumed, seed)
-    assert_same(values(resumed), values(whole))
+        assert_same(values(resumed), values(whole))
 
 
 @pytest.mark.filterwarnings("ignore:.*TypedStorage", "ignore:torch.distributed is", "ignore:.*no_dist")
@@ -194,7 +195,7 @@ def test_the_state_is_complete_before_the_first_step(mode: dict[str, Any], dtype
 def test_so_it_is_for_blocks_and_diagonals(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("natgrad.layers.base.MAX_DENSE", 10)
     for inverse in ("cholesky", "eigen", "ekfac"):
-        optimizer = natgrad.KFAC(model, "mse", inverse=inverse)
+        optimizer = natgrad.KFAC(model.double(), "mse", inverse=inverse)
         before = shapes(optimizer)
         for seed in range(2):
             torch.manual_seed(seed)
@@ -211,11 +212,12 @@ def test_torch_tools_change_nothing(mode: dict[str, Any]) -> None:
     plain, primed = (natgrad.KFAC(network(), "mse", weight_decay=0.1, **mode) for _ in range(2))
     primed.preconditioner.model(torch.ones(6, 3))
     for steps in (0, 2):
-        before = values(primed)
+        before = {n: p.detach().clone() for n, p in primed.preconditioner.model.named_parameters()}
         state = tools.get_optimizer_state_dict(primed.preconditioner.model, primed)
-        assert state["state"].keys() == before.keys() & dict(primed.preconditioner.model.named_parameters()).keys()
+        assert state["state"].keys() == before.keys()
         tools.set_optimizer_state_dict(primed.preconditioner.model, primed, state)
-        assert_same(values(primed), before)
+        after = values(primed)
+        assert_same({name: after[name] for name in before}, before)
         assert [g["lr"] for g in primed.param_groups] == [g["lr"] for g in plain.param_groups]
         train(plain, steps, steps + 1)
         train(primed, steps, steps + 1)

@@ -144,12 +144,29 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.preconditioner.steps:
+            self.state.update({p: states.known(kept) for p, kept in self.state.items()})
         evaluates = self.automatic_lr or self.momentum == "auto"
         if self.preconditioner.update(self._stands if evaluates else None):
             self._step_layers()
             if self._adamw is not None:
                 self._adamw.step()
+        elif not self.preconditioner.steps:  # as torch's tools do to make an optimizer create its state
+            self.state.update(self._completed())
         return loss
+
+    def _completed(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The state of every parameter as it is saved, see :mod:`natgrad.state`."""
+        pre = self.preconditioner
+        layers = {layer.parameters[0]: kept for layer, kept in zip(pre.layers, pre.saved().values(), strict=True)}
+        moves = self.automatic_lr or self.momentum != 0.0
+        complete = {}
+        for group in self.param_groups:
+            names = states.of_adamw(group) if group["fallback"] else ["velocity"] if moves else []
+            for p in group["params"]:
+                known = {**self.state.get(p, {}), **layers.get(p, {})}
+                complete[p] = states.completed(known, names, partial(states.of_parameter, p))
+        return complete
 
     def _stands(self, multiplier: LossMultiplier, finite: bool) -> bool:
         """Whether the previous step is left as it was; where new data show that it went much too far, it is undone."""
@@ -323,14 +340,10 @@ class KFAC(torch.optim.Optimizer):
 def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Let what is saved hold the state of every parameter, see :mod:`natgrad.state`."""
     assert isinstance(optimizer, KFAC)
-    pre, saved = optimizer.preconditioner, state_dict["state"]
-    layers = {layer.parameters[0]: kept for layer, kept in zip(pre.layers, pre.saved().values(), strict=True)}
-    moves = optimizer.automatic_lr or optimizer.momentum != 0.0
-    for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        wanted = states.of_adamw(group) if group["fallback"] else ["velocity"] if moves else []
-        for parameter, index in zip(group["params"], packed["params"], strict=True):
-            known = {**saved.get(index, {}), **layers.get(parameter, {})}
-            saved[index] = states.completed(known, wanted, partial(states.of_parameter, parameter))
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    complete = optimizer._completed()
+    state_dict["state"].update({index: complete[p] for index, p in zip(indices, parameters, strict=True)})
 
 
 def _dot(direction: dict[nn.Parameter, Tensor]) -> Tensor:

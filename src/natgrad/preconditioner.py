@@ -242,6 +242,7 @@ class Preconditioner:
         for layer in self.layers:
             state = self._state(layer)
             state["step"] = state.get("step", torch.zeros(())) + 1
+            state[states.MOVED] = torch.tensor(float(layer.name in self._moved))
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
         return True
@@ -262,7 +263,7 @@ class Preconditioner:
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Running A, (in [+ 1], in [+ 1]), and G, (out, out), by layer name; kron(G, A) is the block over [W b]."""
-        return {name: (state["A"], state["G"]) for name, state in self.states().items() if "A" in state}
+        return {name: (state["A"], state["G"]) for name, state in self.states().items() if self.steps and "A" in state}
 
     def states(self) -> dict[str, dict[str, Any]]:
         """What is kept of each layer, by its name."""
@@ -315,14 +316,13 @@ class Preconditioner:
         for layer in self.layers:
             of_all = states.OF_ALL if layer is self.layers[0] and self.loss.likelihood is not None else ()
             names = [*states.names(self._inverse.names, self.capture.sampling), *of_all]
-            known = {**self._state(layer), states.MOVED: torch.tensor(float(layer.name in self._moved))}
-            kept[layer.name] = states.completed(known, names, partial(states.of_layer, layer))
+            kept[layer.name] = states.completed(self._state(layer), names, partial(states.of_layer, layer))
         return kept
 
     def resume(self) -> None:
         """Let the capture go on from the step that the state is at."""
         self.applied.clear()
-        self._moved = {layer.name for layer in self.layers if self._state(layer).pop(states.MOVED, True)}
+        self._moved = {layer.name for layer in self.layers if self._state(layer).get(states.MOVED, True)}
         self.capture.drop()
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)

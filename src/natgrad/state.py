@@ -1,8 +1,9 @@
 """Beside stage 6: the state as checkpoints want it, complete and of the same shapes from the start.
 
 A distributed checkpoint is loaded into tensors that are there already, so those of an optimizer that has not stepped
-must be there too. In memory a tensor is there once it is known; what is saved has all of them, and NaN, which no known
-one holds throughout, stands for those that are not. :func:`completed` and :func:`known` lead there and back.
+must be there too. In training a tensor is there once it is known; what is saved has all of them, and NaN, which no
+known one holds throughout, stands for those that are not. :func:`completed` and :func:`known` lead there and back.
+Before step 1 nothing is known; AdamW's averages are zero then.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -16,7 +17,7 @@ from natgrad.layers import Layer
 # What belongs to a factor, or to the block of a layer; the rest are numbers.
 OF_A, OF_G = ("A", "A_inverse", "A_basis"), ("G", "G_inverse", "G_basis")
 OF_BLOCK = ("scale", "spectrum", "shift")
-# Saved only: whether the factors are newer than their inverse.
+# Whether the factors are newer than their inverse.
 MOVED = "moved"
 # Kept with the first layer, for the whole network; and their sizes.
 OF_ALL = {"multiplier": 2, "promise": 4}
@@ -38,8 +39,10 @@ def of_layer(layer: Layer, name: str) -> Tensor:
     wide = torch.promote_types(parameter.dtype, torch.float32)
     if name in OF_ALL:
         return torch.full((OF_ALL[name],), torch.nan)
-    if name in ("step", "age", "spectrum_age"):
-        return torch.full((), torch.nan, dtype={"age": torch.float32, "spectrum_age": wide}.get(name))
+    if name in ("step", MOVED):
+        return torch.zeros(())
+    if name in ("age", "spectrum_age"):
+        return torch.full((), torch.nan, dtype=torch.float32 if name == "age" else wide)
     blocks = () if layer.blocks is None else (layer.blocks,)
     (out, width), (g_diagonal, a_diagonal) = layer.shape, layer.diagonal
     shapes = {
@@ -57,11 +60,12 @@ def of_adamw(group: Mapping[str, Any]) -> list[str]:
 
 
 def of_parameter(parameter: nn.Parameter, name: str) -> Tensor:
-    """What is kept of each parameter and not known yet: NaN; AdamW's averages have its dtype."""
+    """What is kept of each parameter before the first step."""
     if name == "step":
-        return torch.full((), torch.nan)
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.full_like(parameter, torch.nan, dtype=wide if name == "velocity" else parameter.dtype)
+        return torch.zeros(())
+    if name == "velocity":
+        return torch.full_like(parameter, torch.nan, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    return torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def completed(
@@ -74,6 +78,8 @@ def completed(
 
 def known(state: Mapping[str, Any]) -> dict[str, Any]:
     """Undo :func:`completed`."""
+    if "step" in state and not state["step"]:
+        return {}
     return {name: value for name, value in state.items() if not _is_unknown(value)}
 
 
