@@ -183,7 +183,8 @@ class KFAC(torch.optim.Optimizer):
         return False
 
     def _step_layers(self) -> None:
-        natural = self.preconditioner.directions()
+        # Contiguous, as a loaded step is: sums over another layout are rounded differently.
+        natural = {p: direction.contiguous() for p, direction in self.preconditioner.directions().items()}
         if not natural:
             return
         lr, shares = relative_rates(self.param_groups, natural)

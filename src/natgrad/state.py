@@ -64,8 +64,9 @@ def of_parameter(parameter: nn.Parameter, name: str) -> Tensor:
     if name == "step":
         return torch.zeros(())
     if name == "velocity":
-        return torch.full_like(parameter, torch.nan, dtype=torch.promote_types(parameter.dtype, torch.float32))
-    return torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        return torch.full_like(parameter, torch.nan, dtype=wide, memory_format=torch.contiguous_format)
+    return torch.zeros_like(parameter)  # in the layout that AdamW gives it
 
 
 def completed(
