@@ -216,7 +216,8 @@ class Capture:
                     self._backpropagate(forward)
             if self.sampling:
                 for use in forward.uses:
-                    self._sample(use)
+                    if round(len(use[0].x) * use[0].upscale) == forward.data:
+                        self._sample(use)
         if forward.gradient is None:
             forward.listen()
         self.batch.forwards += 1
