@@ -29,10 +29,10 @@ def test_total_and_noise_are_those_of_the_data(inverse: str, shape: tuple[int, .
     preconditioner.update()
     samples, states = preconditioner.batch.samples, preconditioner.states()
     for layer in preconditioner.layers:
-        told = noise.measure(layer, samples[layer.name], preconditioner._inverse, states[layer.name], 1.0)
-        assert told is not None
         state, singles = states[layer.name], []
         V = matrix(layer.module)
+        told = noise.split(noise.measure(layer, V, samples[layer.name], preconditioner._inverse, state, 1.0))
+        assert told is not None
         for one, target in zip(x, y, strict=True):
             model.zero_grad()
             (mse_loss(model(one[None]), target[None]) / len(x)).backward()

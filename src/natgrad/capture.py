@@ -10,6 +10,7 @@ The empirical Fisher needs the user's own gradients: there the hooks sit on the 
 arrive during the user's ``backward()``. So do, at the edges, the samples that tell the noise of the gradients.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, get_args
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from natgrad.batch import Batch, Call, Fisher, Forward, Sample, shuffled
+from natgrad.distributed import World
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32
 from natgrad.likelihoods import Likelihood
@@ -59,6 +61,7 @@ class Capture:
         output: From the model's return value to the tensor that the loss sees.
         seed: With the number of the step it seeds every draw, so that a resumed run repeats them.
         sampling: Whether the user's own gradients of some data are kept as well.
+        world: The ranks that share the data; each draws for its own.
     """
 
     def __init__(
@@ -74,10 +77,11 @@ class Capture:
         output: Callable[[Any], Tensor] | None,
         seed: int,
         sampling: bool,
+        world: World | None = None,
     ) -> None:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.sharing, self.output, self.seed = batch_fraction, sharing, output, seed
-        self.sampling = sampling
+        self.sampling, self.world = sampling, world or World()
         self.enabled = True
         self.step = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
@@ -303,7 +307,7 @@ class Capture:
         if not first.owner.per_datum or first.owner.swaps(first.layer) or first.blocks != slice(None):
             return
         data = len(first.x)
-        every = max(1, round(data / SAMPLE))
+        every = max(1, round(data * self.world.size / SAMPLE))
         sample = Sample(
             first.layer, [c.x[::every].clone() for c in use], [None] * len(use), round(data * first.upscale)
         )
@@ -324,17 +328,18 @@ class Capture:
             return slice(None), 1.0
         if self.batch_fraction == "auto":
             rows = z.numel() // (layer.shape[0] * (layer.blocks or 1))
-            share = max(MIN_ROWS, ROWS_PER_DIMENSION * max(layer.shape)) / max(rows, 1)
+            share = max(MIN_ROWS, ROWS_PER_DIMENSION * max(layer.shape)) / max(rows * self.world.size, 1)
+            kept = math.ceil(share * n - 1e-6)  # one row too few would be averaged over steps
         else:
-            share = self.batch_fraction
-        kept = max(1, round(share * n))
+            kept = max(1, round(self.batch_fraction * n))
         if kept >= n:
             return slice(None), 1.0
         return shuffled(n, self._forward_seed)[:kept].to(z.device), n / kept
 
     def _draw(self) -> int:
-        """The seed of this forward's draws, different for every step and micro-batch."""
-        return ((self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards) % 2**63
+        """The seed of this forward's draws, different for every step, micro-batch and rank."""
+        draw = (self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards
+        return (draw + (self.world.rank << 40)) % 2**63
 
 
 def _keep(

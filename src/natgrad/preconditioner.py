@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from natgrad import damping as dampings
-from natgrad import diagnostics, noise, schedule
+from natgrad import diagnostics, exchange, noise, schedule
 from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture, check_fisher
+from natgrad.distributed import Distributed, Ranks, World, like, whole
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
@@ -38,8 +40,8 @@ class Preconditioner:
     """Replace gradients by natural gradients, for any optimizer that follows.
 
     Args:
-        model: The model, called as a whole in the training loop. Construct after moving it to its device and before the
-            first ``torch.compile``d call.
+        model: The model, called as a whole in the training loop; what wrapped or compiled it, if something did, or a
+            :class:`~natgrad.Distributed`. Construct after moving it to its device and before its first call.
         loss: ``"mse"``, ``"cross_entropy"``, ``"bce_with_logits"``, a torch loss module, or a
             :class:`~natgrad.likelihoods.Likelihood`.
         damping: A number (added to the block: split between the factors with ``inverse="cholesky"``, otherwise
@@ -83,7 +85,7 @@ class Preconditioner:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Distributed,
         loss: str | nn.Module | Likelihood | None = None,
         *,
         damping: float | tuple[float, float] | Literal["auto"] = "auto",
@@ -105,9 +107,12 @@ class Preconditioner:
         check_positive(mc_samples=mc_samples)
         check_periods(curvature_period=curvature_period, inverse_period=inverse_period)
         check_inverse(inverse, fisher)
-        self.model = unwrap(model)
+        self.world = World.of(model)
+        called = model.model if isinstance(model, Distributed) else model
+        self.model = unwrap(called)
         self.partition = partition(self.model)
         self.layers = self.partition.require_layers()
+        self.world.deal({layer.name: layer.inversion_cost for layer in self.layers})
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
         # Between updates of the inverses, EKFAC's eigenvalues follow every batch.
         moving = curvature_period == "auto" and inverse == "ekfac"
@@ -118,6 +123,8 @@ class Preconditioner:
         self.batch = Batch(self.loss, fisher)
         self.multiplier: LossMultiplier | None = None
         self._inverse, self._moved = INVERSES[inverse], set[str]()  # layers whose factors are newer than their inverse
+        self._inverted: set[str] | None = None  # layers that have an inverse, on every rank that holds it, once agreed
+        self._whole: dict[nn.Parameter, Tensor] = {}  # gradients of which each rank has a shard
         self.applied: dict[str, diagnostics.Applied] = {}
         self.capture = Capture(
             self.model,
@@ -130,6 +137,7 @@ class Preconditioner:
             output=output,
             seed=seed,
             sampling=damping == "auto",
+            world=self.world,
         )
         if inverse == "ekfac":
             self.capture.bases = self._bases
@@ -154,10 +162,11 @@ class Preconditioner:
                 parameter.grad = None
             return False
         natural = self.directions()
-        scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.kl_clip)
+        scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.gradient, self.kl_clip)
         for parameter, direction in natural.items():
             assert parameter.grad is not None
-            parameter.grad.copy_(direction.mul_(scale))
+            parameter.grad.copy_(like(direction.mul_(scale), parameter))
+        self._whole.clear()
         return True
 
     @torch.no_grad()
@@ -174,9 +183,13 @@ class Preconditioner:
             counted as a step.
         """
         batch = self.capture.take()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not gradients:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if not parameters:
             raise RuntimeError("`step()` found no gradient: call `loss.backward()` before it.")
+        self.world.traffic.clear()
+        exchange.share_batch(batch, self.layers, self.world)
+        self._whole = {p: whole(p.grad) for p in parameters if isinstance(p.grad, DTensor)}
+        gradients = [g for p in parameters if (g := self.gradient(p)) is not None]
         finite = all_finite([*gradients, *batch.tensors()])
         self.multiplier = self._multiplier(batch)
         if stands is not None and self.multiplier is not None and not stands(self.multiplier, finite):
@@ -188,7 +201,7 @@ class Preconditioner:
         if not batch.forwards and not any(g.any() for g in gradients):
             return False
         if self.multiplier is not None:
-            named = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            named = {n: g for n, p in self.model.named_parameters() if (g := self.gradient(p)) is not None}
             self.multiplier.update(named, evaluate=stands is not None)
             batch.multiplier, batch.scaler = self.multiplier.at_output, self.multiplier.scaler
         self.batch = batch
@@ -206,16 +219,30 @@ class Preconditioner:
     @torch.no_grad()
     def directions(self) -> dict[nn.Parameter, Tensor]:
         """The natural gradient of every parameter that has factors and a gradient."""
+        solutions: dict[str, Tensor] = {}
+        for layer in self.layers:
+            V = self._matrix(layer)
+            if V is not None:
+                held = self.world.holds(layer.name)
+                solutions[layer.name] = self._inverse.solve(self._state(layer), V) if held else torch.empty_like(V)
+        exchange.share_solutions(solutions, self.world)
         natural: dict[nn.Parameter, Tensor] = {}
         for layer in self.layers:
-            state = self._state(layer)
-            gradients = [p.grad for p in layer.parameters if p.grad is not None]
-            if "A" not in state or len(gradients) < len(layer.parameters):
-                continue
-            V = layer.to_matrix(gradients).to(state["A"].dtype)
-            solution = layer.from_matrix(self._inverse.solve(state, V))
-            natural.update(zip(layer.parameters, solution, strict=True))
+            if layer.name in solutions:
+                natural.update(zip(layer.parameters, layer.from_matrix(solutions.pop(layer.name)), strict=True))
         return natural
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """All of a parameter's gradient, of which each rank may have a shard; None if there is none."""
+        return self._whole.get(parameter, parameter.grad)
+
+    def _matrix(self, layer: Layer) -> Tensor | None:
+        """The gradient of a layer as a matrix; None without all of it or without factors."""
+        state = self._state(layer)
+        gradients = [g for p in layer.parameters if (g := self.gradient(p)) is not None]
+        if "A" not in state or len(gradients) < len(layer.parameters):
+            return None
+        return layer.to_matrix(gradients).to(state["A"].dtype)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Running A, (in [+ 1], in [+ 1]), and G, (out, out), by layer name; kron(G, A) is the block over [W b]."""
@@ -286,7 +313,7 @@ class Preconditioner:
     def resume(self) -> None:
         """Let the capture go on from the step that the state is at."""
         self.applied.clear()
-        self._moved = {layer.name for layer in self.layers}
+        self._moved, self._inverted = {layer.name for layer in self.layers}, None
         self.capture.take()
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
@@ -309,8 +336,9 @@ class Preconditioner:
         likelihood, forward = self.loss.likelihood, batch.latest
         if likelihood is None or forward is None or forward.gradient is None:
             return None
-        local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms)
-        return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms)
+        ranks = Ranks(self.world, batch.part, forward.output)
+        local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms, ranks)
+        return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms, ranks)
 
     def _check_seen(self, batch: Batch) -> None:
         """A gradient without factors means that the hooks missed the layer, if they watched and it is not zero."""
@@ -345,9 +373,9 @@ class Preconditioner:
 
     def _update_inverses(self, batch: Batch) -> None:
         """Measure the noise by the metric that is there, and then refresh what is due."""
-        key = self._inverse.names[0]
         started = [layer for layer in self.layers if "A" in self._state(layer)]
-        missing = {layer.name for layer in started if key not in self._state(layer)}
+        inverted = self._agree_on_inverted()
+        missing = {layer.name for layer in started} - inverted
         if self.capture.sampling and len(missing) == len(started):
             # There is no metric yet: a first one stands on no evidence, and is good enough to gather some for the next.
             for _ in range(2):
@@ -358,13 +386,30 @@ class Preconditioner:
         stale = missing | (self._moved & self._due())
         self._refresh_inverses([layer for layer in started if layer.name in stale])
 
+    def _agree_on_inverted(self) -> set[str]:
+        """Layers whose inverse is there on every rank that holds it: a checkpoint has those of the rank that wrote it.
+
+        The others' are made anew from the factors.
+        """
+        if self._inverted is None:
+            key = self._inverse.names[0]
+            lacking = [self.world.holds(layer.name) and key not in self._state(layer) for layer in self.layers]
+            totals = self.world.sum(lacking, self.layers[0].parameters[0]).tolist()
+            self._inverted = {layer.name for layer, total in zip(self.layers, totals, strict=True) if not total}
+        return self._inverted
+
     def _measure_noise(self, batch: Batch, anew: bool) -> None:
+        measured: dict[str, Tensor] = {}
         for layer in self.layers:
-            state, samples = self._state(layer), batch.samples.get(layer.name)
-            if samples and self._inverse.names[0] in state:
-                latest = noise.measure(layer, samples, self._inverse, state, batch.scaler)
-                if latest is not None:
-                    noise.remember(state, latest, anew)
+            samples, V = batch.samples.get(layer.name), self._matrix(layer)
+            if samples and V is not None and layer.name in self._agree_on_inverted():
+                with exchange.lent(layer, self._state(layer), self._inverse.names, self.world) as inverse:
+                    measured[layer.name] = noise.measure(layer, V, samples, self._inverse, inverse, batch.scaler)
+        exchange.share_noise(measured, self.world)
+        for name, sums in measured.items():
+            latest = noise.split(sums)
+            if latest is not None:
+                noise.remember(self.states()[name], latest, anew)
 
     def _refresh_inverses(self, layers: list[Layer]) -> None:
         if not layers:
@@ -376,13 +421,23 @@ class Preconditioner:
             state = self._state(layer)
             own = noise.ratio([state["noise"]]) if "noise" in state else pooled
             damping = self.damping_rule(state["A"], state["G"], dampings.Evidence(own, curvature))
-            state.update(self._inverse.factorize(state["A"], state["G"], damping))
+            if self.world.owns(layer.name):
+                state.update(self._inverse.factorize(state["A"], state["G"], damping))
             self.applied[layer.name] = diagnostics.Applied(damping, self.steps)
             self._moved.discard(layer.name)
+        exchange.share_inverses(layers, self.states(), self._inverse.names, self.world)
+        self._agree_on_inverted().update(layer.name for layer in layers)
 
 
-def clip_scale(natural: dict[nn.Parameter, Tensor], bound: float) -> float:
+Gradient = Callable[[nn.Parameter], Tensor | None]
+
+
+def clip_scale(natural: dict[nn.Parameter, Tensor], gradient: Gradient, bound: float) -> float:
     """What to multiply Δ by so that gᵀΔ stays below ``bound`` (Ba, Grosse and Martens 2017, section 5)."""
-    products = [torch.sum(d * p.grad) for p, d in natural.items() if p.grad is not None]
-    length = float(torch.stack(products).sum()) if products else 0.0
+    length = float(dot(natural, gradient)) if natural else 0.0
     return min(1.0, (bound / length) ** 0.5) if length > 0 else 1.0
+
+
+def dot(direction: dict[nn.Parameter, Tensor], gradient: Gradient) -> Tensor:
+    """Product of the loss's gradient with a direction."""
+    return torch.stack([torch.sum(d * g) for p, d in direction.items() if (g := gradient(p)) is not None]).sum()

@@ -111,6 +111,8 @@ def _reason(name: str, parameter: nn.Parameter, why: dict[str, str]) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside a data-parallel wrapper."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return model.module if isinstance(model, wrappers) else model
+    """The user's module inside data-parallel wrappers and what ``torch.compile`` returned."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrap(model.module)
+    compiled = model._modules.get("_orig_mod")
+    return model if compiled is None else unwrap(compiled)
