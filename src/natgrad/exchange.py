@@ -4,7 +4,7 @@ With a single process everything here leaves things as they are. Every rank must
 there is one is decided by what all ranks know; where they differ, all of them raise the same error.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from natgrad.batch import Batch
 from natgrad.distributed import Piece, World
 from natgrad.layers import Layer
 
-State = MutableMapping[str, Any]
+State = dict[str, Any]
 
 
 def share_batch(batch: Batch, layers: Sequence[Layer], world: World) -> None:

@@ -8,7 +8,7 @@ expectation plus that of its noise, and the second is known from the gradients o
 Both are averaged over steps, as each is noisy where the one hardly exceeds the other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 
 
 def measure(
-    layer: Layer, V: Tensor, samples: Sequence[Sample], inverse: Inverse, state: Mapping[str, Tensor], scaler: float
+    layer: Layer, V: Tensor, samples: Sequence[Sample], inverse: Inverse, state: State, scaler: float
 ) -> Tensor:
     """Squared length of the gradient, sum of those of single data, and number of the data; (3,).
 

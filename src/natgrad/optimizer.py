@@ -145,7 +145,8 @@ class KFAC(torch.optim.Optimizer):
         if not natural:
             return
         if self.preconditioner.kl_clip is not None:
-            scale = clip_scale(natural, self.preconditioner.gradient, self.preconditioner.kl_clip / max(group["lr"], 1e-30) ** 2)
+            bound = self.preconditioner.kl_clip / max(group["lr"], 1e-30) ** 2
+            scale = clip_scale(natural, self.preconditioner.gradient, bound)
             torch._foreach_mul_(list(natural.values()), scale)
         previous = {p: whole(self.state[p]["velocity"]) for p in natural if "velocity" in self.state[p]}
         if len(previous) < len(natural) or self.momentum == 0.0:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from natgrad import damping as dampings
-from natgrad import diagnostics, exchange, noise, schedule
+from natgrad import diagnostics, exchange, schedule
 from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture, check_fisher
 from natgrad.distributed import Distributed, Ranks, World, like, whole
@@ -27,6 +27,7 @@ from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
+from natgrad.metric import Metric
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import check_inverse, check_numbers, check_periods, check_positive
 from natgrad.quadratic import LocalModel
@@ -116,16 +117,14 @@ class Preconditioner:
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
         # Between updates of the inverses, EKFAC's eigenvalues follow every batch.
         moving = curvature_period == "auto" and inverse == "ekfac"
-        self.curvature_period, self.inverse_period = 1 if moving else curvature_period, inverse_period
-        self.damping_rule = dampings.resolve(damping, inverse)
+        self.curvature_period = 1 if moving else curvature_period
         self.state: State = defaultdict(dict)
         self.skipped_steps = 0
         self.batch = Batch(self.loss, fisher)
         self.multiplier: LossMultiplier | None = None
-        self._inverse, self._moved = INVERSES[inverse], set[str]()  # layers whose factors are newer than their inverse
-        self._inverted: set[str] | None = None  # layers that have an inverse, on every rank that holds it, once agreed
+        rule = dampings.resolve(damping, inverse)
+        self.metric = Metric(self.layers, INVERSES[inverse], rule, inverse_period, self.world)
         self._whole: dict[nn.Parameter, Tensor] = {}  # gradients of which each rank has a shard
-        self.applied: dict[str, diagnostics.Applied] = {}
         self.capture = Capture(
             self.model,
             self.layers,
@@ -208,7 +207,7 @@ class Preconditioner:
         self._check_seen(batch)
         for layer in self.layers:
             self._update_factors(layer, batch)
-        self._update_inverses(batch)
+        self.metric.update(self.states(), batch, self._matrix, self.steps)
         for layer in self.layers:
             state = self._state(layer)
             state["step"] = state.get("step", torch.zeros(())) + 1
@@ -219,13 +218,7 @@ class Preconditioner:
     @torch.no_grad()
     def directions(self) -> dict[nn.Parameter, Tensor]:
         """The natural gradient of every parameter that has factors and a gradient."""
-        solutions: dict[str, Tensor] = {}
-        for layer in self.layers:
-            V = self._matrix(layer)
-            if V is not None:
-                held = self.world.holds(layer.name)
-                solutions[layer.name] = self._inverse.solve(self._state(layer), V) if held else torch.empty_like(V)
-        exchange.share_solutions(solutions, self.world)
+        solutions = self.metric.solve(self.states(), self._matrix)
         natural: dict[nn.Parameter, Tensor] = {}
         for layer in self.layers:
             if layer.name in solutions:
@@ -272,8 +265,9 @@ class Preconditioner:
             - ``condition_a/<layer>``, ``condition_g/<layer>``: the same of the damped factors, whose product is the
               block; not with ``inverse="ekfac"`` nor where ``damping`` is added to the block.
         """
-        states, latest = self.states() if per_layer else {}, self.steps - 1
-        values = diagnostics.summary(self.applied, latest) | diagnostics.of_inverses(states, self.applied, latest)
+        held = {name: state for name, state in self.states().items() if per_layer and self.world.holds(name)}
+        applied, latest = self.metric.applied, self.steps - 1
+        values = diagnostics.summary(applied, latest) | diagnostics.of_inverses(held, applied, latest)
         return {"skipped_steps": float(self.skipped_steps), **diagnostics.numbers(values)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,8 +306,7 @@ class Preconditioner:
 
     def resume(self) -> None:
         """Let the capture go on from the step that the state is at."""
-        self.applied.clear()
-        self._moved, self._inverted = {layer.name for layer in self.layers}, None
+        self.metric.forget()
         self.capture.take()
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
@@ -322,14 +315,7 @@ class Preconditioner:
         return self.state[layer.parameters[0]]
 
     def _bases(self, layer: Layer) -> Bases | None:
-        """Where second moments are wanted; not just before new bases, in which they would start anew."""
-        state = self._state(layer)
-        return None if layer.name in self._due() or "spectrum" not in state else (state["A_basis"], state["G_basis"])
-
-    def _due(self) -> set[str]:
-        """Whose inverse it is time to refresh."""
-        costs = {layer.name: layer.inversion_cost for layer in self.layers}
-        return schedule.turn(self.steps, self.inverse_period, costs)
+        return self.metric.bases(layer, self._state(layer), self.steps)
 
     def _multiplier(self, batch: Batch) -> LossMultiplier | None:
         """For what a batch tells about the number that multiplies the loss; None without a loss or a backward pass."""
@@ -366,67 +352,10 @@ class Preconditioner:
         if decay == "auto":
             decay = 0.0 if determines(batch.rows(layer.name), max(layer.shape)) else LONG_DECAY
         update_average(state, {"A": factors[0], "G": factors[1]}, decay)
-        self._moved.add(layer.name)
+        self.metric.moved.add(layer.name)
         spectrum = batch.spectrum(layer)
         if spectrum is not None:
             update_average(state, {"spectrum": spectrum}, decay, "spectrum_age")
-
-    def _update_inverses(self, batch: Batch) -> None:
-        """Measure the noise by the metric that is there, and then refresh what is due."""
-        started = [layer for layer in self.layers if "A" in self._state(layer)]
-        inverted = self._agree_on_inverted()
-        missing = {layer.name for layer in started} - inverted
-        if self.capture.sampling and len(missing) == len(started):
-            # There is no metric yet: a first one stands on no evidence, and is good enough to gather some for the next.
-            for _ in range(2):
-                self._refresh_inverses(started)
-                self._measure_noise(batch, anew=True)
-        else:
-            self._measure_noise(batch, anew=False)
-        stale = missing | (self._moved & self._due())
-        self._refresh_inverses([layer for layer in started if layer.name in stale])
-
-    def _agree_on_inverted(self) -> set[str]:
-        """Layers whose inverse is there on every rank that holds it: a checkpoint has those of the rank that wrote it.
-
-        The others' are made anew from the factors.
-        """
-        if self._inverted is None:
-            key = self._inverse.names[0]
-            lacking = [self.world.holds(layer.name) and key not in self._state(layer) for layer in self.layers]
-            totals = self.world.sum(lacking, self.layers[0].parameters[0]).tolist()
-            self._inverted = {layer.name for layer, total in zip(self.layers, totals, strict=True) if not total}
-        return self._inverted
-
-    def _measure_noise(self, batch: Batch, anew: bool) -> None:
-        measured: dict[str, Tensor] = {}
-        for layer in self.layers:
-            samples, V = batch.samples.get(layer.name), self._matrix(layer)
-            if samples and V is not None and layer.name in self._agree_on_inverted():
-                with exchange.lent(layer, self._state(layer), self._inverse.names, self.world) as inverse:
-                    measured[layer.name] = noise.measure(layer, V, samples, self._inverse, inverse, batch.scaler)
-        exchange.share_noise(measured, self.world)
-        for name, sums in measured.items():
-            latest = noise.split(sums)
-            if latest is not None:
-                noise.remember(self.states()[name], latest, anew)
-
-    def _refresh_inverses(self, layers: list[Layer]) -> None:
-        if not layers:
-            return
-        states = [state for state in self.states().values() if "A" in state]
-        curvature = dampings.mean_curvature([state["G"] for state in states if state["A"].shape[-2] > 1])
-        pooled = noise.ratio([state["noise"] for state in states if "noise" in state])
-        for layer in layers:
-            state = self._state(layer)
-            own = noise.ratio([state["noise"]]) if "noise" in state else pooled
-            damping = self.damping_rule(state["A"], state["G"], dampings.Evidence(own, curvature))
-            if self.world.owns(layer.name):
-                state.update(self._inverse.factorize(state["A"], state["G"], damping))
-            self.applied[layer.name] = diagnostics.Applied(damping, self.steps)
-            self._moved.discard(layer.name)
-        exchange.share_inverses(layers, self.states(), self._inverse.names, self.world)
-        self._agree_on_inverted().update(layer.name for layer in layers)
 
 
 Gradient = Callable[[nn.Parameter], Tensor | None]

@@ -127,7 +127,7 @@ class LocalModel:
         arrived = self._take(self.forward.gradient) / (self.scaler * self.share)
         linear = torch.sum(arrived * (returned_after - returned)) + torch.sum(shift * (after - before))
         bend = self._scale(before) * divergence.sum()
-        slope, rise = self.ranks.mean(torch.stack([linear, bend])).tolist()
+        slope, rise = map(float, self.ranks.mean(torch.stack([linear, bend])))
         self.parts = (slope, 2 * rise)
         return slope + rise
 
