@@ -17,7 +17,8 @@ Source: Pauloski et al. (2021), KAISA, arXiv:2107.01739.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -282,3 +284,28 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
         return tensor
     # Every rank has all of it: nothing is sent.
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def reshard(model: nn.Module) -> None:
+    """Leave only the shards of FSDP's parameters; after an evaluation the outermost module's are still whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def shards_left_alone(model: nn.Module) -> Iterator[None]:
+    """Without FSDP's hooks, which would put shards in the place of whole parameters that come with a call."""
+    kept: list[tuple[Any, dict[int, Any]]] = []
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks) if isinstance(module, FSDPModule) else ():
+            kept.append((hooks, dict(hooks)))
+            for key, hook in kept[-1][1].items():
+                if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
+                    del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.clear()
+            hooks.update(before)

@@ -47,9 +47,12 @@ class Metric:
         self.moved: set[str] = set()
         self._inverted: set[str] | None = None  # who have an inverse on every rank that holds it, once agreed
 
-    def forget(self) -> None:
-        """The state has become another."""
+    def forget(self, states: States) -> None:
+        """The state has become another; inverses that other ranks are to hold are dropped."""
         self.applied.clear()
+        for name, state in states.items():
+            for key in () if self.world.holds(name) else self.inverse.names:
+                state.pop(key, None)
         self.moved, self._inverted = {layer.name for layer in self.layers}, None
 
     def due(self, step: int) -> set[str]:

@@ -21,7 +21,7 @@ from natgrad import damping as dampings
 from natgrad import diagnostics, exchange, schedule
 from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture, check_fisher
-from natgrad.distributed import Distributed, Ranks, World, like, whole
+from natgrad.distributed import Distributed, Ranks, World, like, reshard, whole
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
@@ -182,6 +182,7 @@ class Preconditioner:
             counted as a step.
         """
         batch = self.capture.take()
+        reshard(self.model)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if not parameters:
             raise RuntimeError("`step()` found no gradient: call `loss.backward()` before it.")
@@ -306,7 +307,7 @@ class Preconditioner:
 
     def resume(self) -> None:
         """Let the capture go on from the step that the state is at."""
-        self.metric.forget()
+        self.metric.forget(self.states())
         self.capture.take()
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
@@ -332,7 +333,7 @@ class Preconditioner:
             return  # the layer is used for the first time between two updates of the curvature
         captured = {name for name, _ in batch.statistics}
         for layer in self.layers:
-            gradients = [p.grad for p in layer.parameters if p.grad is not None]
+            gradients = [g for p in layer.parameters if (g := self.gradient(p)) is not None]
             seen = layer.name in captured or "A" in self._state(layer)
             if not seen and any(g.any() for g in gradients):
                 raise RuntimeError(

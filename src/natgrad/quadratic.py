@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from natgrad.batch import Forward, shuffled
-from natgrad.distributed import Ranks
+from natgrad.distributed import Ranks, shards_left_alone, whole
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
@@ -85,6 +86,7 @@ class LocalModel:
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
         self.parts = (0.0, 0.0)
         self._before: Outputs | None = None
+        self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if isinstance(p, DTensor)}
 
     def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
         """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move."""
@@ -137,15 +139,15 @@ class LocalModel:
         return self.ranks.all(bool(self._run(moved)[1].isfinite().all()))
 
     def _parameters(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.model.get_parameter(name).detach() for name in like}
+        return {name: self._gathered.get(name, self.model.get_parameter(name).detach()) for name in like}
 
     def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The tensor whose gradient was noted, and the one that the loss sees."""
         # Copies made in here may be written to under differentiation; captured ones may not.
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         # The same dropout every time, and the user's random stream as it was.
-        with torch.random.fork_rng(devices=_devices(parameters)):
-            raw = functional_call(self.model, {**parameters, **buffers}, self.args, self.kwargs)
+        with torch.random.fork_rng(devices=_devices(parameters)), shards_left_alone(self.model):
+            raw = functional_call(self.model, {**self._gathered, **parameters, **buffers}, self.args, self.kwargs)
         output = at_least_float32(self.rearrange(self.select(raw)))
         return output if self.forward.returned is None else at_least_float32(raw), output
 
