@@ -4,7 +4,8 @@ Hooks on the layers remember, for each call, the input and the *gradient edge* o
 graph where its gradient arrives. A hook on the root module then takes the model's output, asks the likelihood for
 vectors and sends them back to the edges by ``torch.autograd.grad``. No parameter gradient is computed, ``.grad`` is
 untouched, and the graph stays for the user's own ``backward()``. An edge, unlike the output tensor, still means the
-same place after an in-place activation has overwritten the output.
+same place after an in-place activation has overwritten the output. Inside compiled code there are no edges: a forward
+whose statistics are due runs uncompiled, and in the others our hooks leave no trace in the compiled graph.
 
 The empirical Fisher needs the user's own gradients: there the hooks sit on the output tensors, and the statistics
 arrive during the user's ``backward()``. So do, at the edges, the samples that tell the noise of the gradients.
@@ -12,6 +13,7 @@ arrive during the user's ``backward()``. So do, at the edges, the samples that t
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,7 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from natgrad.batch import Batch, Call, Fisher, Forward, Sample, shuffled
 from natgrad.distributed import World
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
-from natgrad.layers import Bases, Layer, Sharing, at_least_float32
+from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
 
@@ -51,7 +53,7 @@ class Capture:
     for a layer, the squares of the data's gradients in it are gathered as well.
 
     Args:
-        model: The root module; its forward must be what the user calls.
+        model: The root module, or what it was compiled to; its forward must be what the user calls.
         layers: The layers to watch.
         loss: What to backpropagate, for the Fishers that need it.
         fisher: Which curvature.
@@ -90,10 +92,12 @@ class Capture:
         self._waiting: Forward | None = None  # for the loss module to be called
         self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
         self._forward_seed = 0
+        self._uncompiled = ExitStack()
         self._handles = [handle for layer in layers for handle in layer.watch(self)]
         self._handles += [
             model.register_forward_pre_hook(self._before_model),
             model.register_forward_hook(self._after_model, with_kwargs=True),
+            model.register_forward_hook(lambda *_: self._uncompiled.close(), always_call=True),
         ]
         if loss.module is not None:
             self._handles.append(loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
@@ -108,6 +112,8 @@ class Capture:
     @property
     def active(self) -> bool:
         """Whether layers should report their calls: the model is running, with gradients, and statistics are due."""
+        if torch.compiler.is_compiling():
+            return False
         return self._calls is not None and self.enabled and torch.is_grad_enabled()
 
     def take(self) -> Batch:
@@ -148,6 +154,8 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._calls = [] if torch.is_grad_enabled() else None
         self._forward_seed = self._draw()
+        if self.active:
+            self._uncompiled.enter_context(uncompiled(module))
 
     def record(self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""

@@ -94,8 +94,10 @@ def share_inverses(layers: Sequence[Layer], states: Mapping[str, State], names: 
         return
     held = [layer.name for layer in layers if world.holds(layer.name)]
     for name in held:
-        if not world.owns(name):
-            states[name].update(blank(names, states[name]))
+        state = states[name]
+        # Factorizations lay out by columns, and products with them would be rounded otherwise than the others'.
+        own = {key: state[key].contiguous() for key in names} if world.owns(name) else blank(names, state)
+        state.update(own)
     world.copy_in_row({name: inverse_pieces(names, states[name]) for name in held}, "inverses")
 
 

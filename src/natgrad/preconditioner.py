@@ -24,7 +24,7 @@ from natgrad.capture import Capture, check_fisher
 from natgrad.distributed import Distributed, Ranks, World, like, reshard, whole
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
-from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
+from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
 from natgrad.metric import Metric
@@ -126,7 +126,7 @@ class Preconditioner:
         self.metric = Metric(self.layers, INVERSES[inverse], rule, inverse_period, self.world)
         self._whole: dict[nn.Parameter, Tensor] = {}  # gradients of which each rank has a shard
         self.capture = Capture(
-            self.model,
+            entry(called),
             self.layers,
             self.loss,
             fisher=fisher,
@@ -338,8 +338,9 @@ class Preconditioner:
             if not seen and any(g.any() for g in gradients):
                 raise RuntimeError(
                     f"layer {layer.name!r} has a gradient but natgrad saw no data pass through it. Call the model that "
-                    "was given to natgrad itself, not its parts, with gradients enabled, and construct natgrad before "
-                    "the first call of a `torch.compile`d model."
+                    "was given to natgrad itself, not its parts, with gradients enabled. Of a compiled model give it "
+                    "what `torch.compile` returned (not `model.compile()`), before the first call. Checkpoint "
+                    "activations with `use_reentrant=False`."
                 )
             if not seen and not gradients and self.steps == 0:
                 warnings.warn(f"natgrad: layer {layer.name!r} received no data and no gradient.", stacklevel=4)

@@ -31,7 +31,7 @@ from torch.func import functional_call
 
 from natgrad.batch import Forward, shuffled
 from natgrad.distributed import Ranks, shards_left_alone, whole
-from natgrad.layers import at_least_float32
+from natgrad.layers import at_least_float32, uncompiled
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 
@@ -146,7 +146,8 @@ class LocalModel:
         # Copies made in here may be written to under differentiation; captured ones may not.
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         # The same dropout every time, and the user's random stream as it was.
-        with torch.random.fork_rng(devices=_devices(parameters)), shards_left_alone(self.model):
+        forked = torch.random.fork_rng(devices=_devices(parameters))
+        with forked, shards_left_alone(self.model), uncompiled(self.model):
             raw = functional_call(self.model, {**self._gathered, **parameters, **buffers}, self.args, self.kwargs)
         output = at_least_float32(self.rearrange(self.select(raw)))
         return output if self.forward.returned is None else at_least_float32(raw), output
