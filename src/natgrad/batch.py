@@ -157,6 +157,7 @@ class Batch:
         samples: Per layer name, data with the gradients of the user's loss.
         multiplier: What the user's gradients at the output are divided by, to be those of the declared loss.
         scaler: What they are divided by, to fit the gradients of the parameters.
+        part: Of the latest forward pass among those of all ranks, by what the reduction divides by.
     """
 
     loss: Loss
@@ -170,6 +171,7 @@ class Batch:
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     multiplier: float = 1.0
     scaler: float = 1.0
+    part: float = 1.0
 
     def tensors(self) -> Iterator[Tensor]:
         """All sums, for a look at whether they are finite."""
@@ -229,4 +231,4 @@ def shuffled(data: int, seed: int) -> Tensor:
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every entry is finite, with a single synchronization."""
     largest = torch._foreach_norm([t for t in tensors if t.numel()], torch.inf)
-    return bool(torch.stack([value.double() for value in largest]).isfinite().all())
+    return bool(torch.stack([value.isfinite() for value in largest]).all())

@@ -4,13 +4,16 @@ Hooks on the layers remember, for each call, the input and the *gradient edge* o
 graph where its gradient arrives. A hook on the root module then takes the model's output, asks the likelihood for
 vectors and sends them back to the edges by ``torch.autograd.grad``. No parameter gradient is computed, ``.grad`` is
 untouched, and the graph stays for the user's own ``backward()``. An edge, unlike the output tensor, still means the
-same place after an in-place activation has overwritten the output.
+same place after an in-place activation has overwritten the output. Inside compiled code there are no edges: a forward
+whose statistics are due runs uncompiled, and in the others our hooks leave no trace in the compiled graph.
 
 The empirical Fisher needs the user's own gradients: there the hooks sit on the output tensors, and the statistics
 arrive during the user's ``backward()``. So do, at the edges, the samples that tell the noise of the gradients.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -19,8 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from natgrad.batch import Batch, Call, Fisher, Forward, Sample, shuffled
+from natgrad.distributed import World
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
-from natgrad.layers import Bases, Layer, Sharing, at_least_float32
+from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
 
@@ -49,7 +53,7 @@ class Capture:
     for a layer, the squares of the data's gradients in it are gathered as well.
 
     Args:
-        model: The root module; its forward must be what the user calls.
+        model: The root module, or what it was compiled to; its forward must be what the user calls.
         layers: The layers to watch.
         loss: What to backpropagate, for the Fishers that need it.
         fisher: Which curvature.
@@ -59,6 +63,7 @@ class Capture:
         output: From the model's return value to the tensor that the loss sees.
         seed: With the number of the step it seeds every draw, so that a resumed run repeats them.
         sampling: Whether the user's own gradients of some data are kept as well.
+        world: The ranks that share the data; each draws for its own.
     """
 
     def __init__(
@@ -74,10 +79,11 @@ class Capture:
         output: Callable[[Any], Tensor] | None,
         seed: int,
         sampling: bool,
+        world: World | None = None,
     ) -> None:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.sharing, self.output, self.seed = batch_fraction, sharing, output, seed
-        self.sampling = sampling
+        self.sampling, self.world = sampling, world or World()
         self.enabled = True
         self.step = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
@@ -86,10 +92,12 @@ class Capture:
         self._waiting: Forward | None = None  # for the loss module to be called
         self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
         self._forward_seed = 0
+        self._uncompiled = ExitStack()
         self._handles = [handle for layer in layers for handle in layer.watch(self)]
         self._handles += [
             model.register_forward_pre_hook(self._before_model),
             model.register_forward_hook(self._after_model, with_kwargs=True),
+            model.register_forward_hook(lambda *_: self._uncompiled.close(), always_call=True),
         ]
         if loss.module is not None:
             self._handles.append(loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
@@ -104,6 +112,8 @@ class Capture:
     @property
     def active(self) -> bool:
         """Whether layers should report their calls: the model is running, with gradients, and statistics are due."""
+        if torch.compiler.is_compiling():
+            return False
         return self._calls is not None and self.enabled and torch.is_grad_enabled()
 
     def take(self) -> Batch:
@@ -144,6 +154,8 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._calls = [] if torch.is_grad_enabled() else None
         self._forward_seed = self._draw()
+        if self.active:
+            self._uncompiled.enter_context(uncompiled(module))
 
     def record(self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
@@ -304,7 +316,7 @@ class Capture:
         if not first.owner.per_datum or first.owner.swaps(first.layer) or first.blocks != slice(None):
             return
         data = len(first.x)
-        every = max(1, round(data / SAMPLE))
+        every = max(1, round(data * self.world.size / SAMPLE))
         sample = Sample(
             first.layer, [c.x[::every].clone() for c in use], [None] * len(use), round(data * first.upscale)
         )
@@ -325,17 +337,18 @@ class Capture:
             return slice(None), 1.0
         if self.batch_fraction == "auto":
             rows = z.numel() // (layer.shape[0] * (layer.blocks or 1))
-            share = max(MIN_ROWS, ROWS_PER_DIMENSION * max(layer.shape)) / max(rows, 1)
+            share = max(MIN_ROWS, ROWS_PER_DIMENSION * max(layer.shape)) / max(rows * self.world.size, 1)
+            kept = math.ceil(share * n - 1e-6)  # one row too few would be averaged over steps
         else:
-            share = self.batch_fraction
-        kept = max(1, round(share * n))
+            kept = max(1, round(self.batch_fraction * n))
         if kept >= n:
             return slice(None), 1.0
         return shuffled(n, self._forward_seed)[:kept].to(z.device), n / kept
 
     def _draw(self) -> int:
-        """The seed of this forward's draws, different for every step and micro-batch."""
-        return ((self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards) % 2**63
+        """The seed of this forward's draws, different for every step, micro-batch and rank."""
+        draw = (self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards
+        return (draw + (self.world.rank << 40)) % 2**63
 
 
 def _keep(

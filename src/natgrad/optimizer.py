@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from natgrad import diagnostics, quadratic
+from natgrad.distributed import Distributed, like, whole
 from natgrad.likelihoods import Likelihood
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import CurvatureOptions
-from natgrad.preconditioner import Preconditioner, clip_scale
+from natgrad.preconditioner import Preconditioner, clip_scale, dot
 
 FALLBACK_RATE = 1e-3  # AdamW's own default
 
@@ -29,7 +30,7 @@ class KFAC(torch.optim.Optimizer):
     """K-FAC as a whole optimizer.
 
     Args:
-        model: The model, called as a whole in the training loop.
+        model: As for :class:`~natgrad.Preconditioner`.
         loss: As for :class:`~natgrad.Preconditioner`.
         lr: A number, or ``"auto"``: the minimizer of the exact quadratic model. ``group["lr"]`` is then a factor that
             multiplies it, 1 to begin with, so that schedulers work in both cases.
@@ -56,7 +57,7 @@ class KFAC(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Distributed,
         loss: str | nn.Module | Likelihood | None = None,
         *,
         lr: float | Literal["auto"] = "auto",
@@ -129,11 +130,11 @@ class KFAC(torch.optim.Optimizer):
         """Whether the previous step is left as it was; where new data show that it went much too far, it is undone."""
         if not self.automatic_lr or not multiplier.in_doubt(finite):
             return True
-        step = {p: self.state[p]["velocity"] for p in self._names if "velocity" in self.state[p]}
+        step = {p: whole(self.state[p]["velocity"]) for p in self._names if "velocity" in self.state[p]}
         if not step or multiplier.accepts({self._names[p]: v for p, v in step.items()}):
             return True
         for parameter, velocity in step.items():
-            parameter.sub_(velocity.to(parameter.dtype))
+            parameter.sub_(like(velocity.to(parameter.dtype), parameter))
             del self.state[parameter]["velocity"]
         multiplier.forget()
         self.undone_steps += 1
@@ -144,9 +145,10 @@ class KFAC(torch.optim.Optimizer):
         if not natural:
             return
         if self.preconditioner.kl_clip is not None:
-            scale = clip_scale(natural, self.preconditioner.kl_clip / max(group["lr"], 1e-30) ** 2)
+            bound = self.preconditioner.kl_clip / max(group["lr"], 1e-30) ** 2
+            scale = clip_scale(natural, self.preconditioner.gradient, bound)
             torch._foreach_mul_(list(natural.values()), scale)
-        previous = {p: self.state[p]["velocity"] for p in natural if "velocity" in self.state[p]}
+        previous = {p: whole(self.state[p]["velocity"]) for p in natural if "velocity" in self.state[p]}
         if len(previous) < len(natural) or self.momentum == 0.0:
             previous = {}
         alpha, mu = self._coefficients(group["lr"], natural, previous)
@@ -159,8 +161,8 @@ class KFAC(torch.optim.Optimizer):
             if self.momentum != 0.0 or self.automatic_lr:
                 if previous:
                     velocity.add_(previous[parameter], alpha=mu)
-                self.state[parameter]["velocity"] = velocity
-            parameter.add_(velocity.to(parameter.dtype))
+                self.state[parameter]["velocity"] = like(velocity, parameter)
+            parameter.add_(like(velocity.to(parameter.dtype), parameter))
 
     def _coefficients(
         self, lr: float, natural: dict[nn.Parameter, Tensor], previous: dict[nn.Parameter, Tensor]
@@ -173,7 +175,7 @@ class KFAC(torch.optim.Optimizer):
         if self.automatic_lr and multiplier.loss != 1.0:
             torch._foreach_div_(list(natural.values()), multiplier.loss)  # the curvature is so many times larger
         directions = [{p: -d for p, d in natural.items()}, *([previous] if previous else [])]
-        b = torch.stack([_dot(direction) for direction in directions]).double()
+        b = multiplier.ranks.mean(torch.stack([dot(d, self.preconditioner.gradient) for d in directions]))
         named = [{self._names[p]: d for p, d in direction.items()} for direction in directions]
         given = [None if self.automatic_lr else lr, given_momentum][: len(directions)]
         c, told = quadratic.choose(multiplier.local, named, b, given)
@@ -258,10 +260,6 @@ class KFAC(torch.optim.Optimizer):
         if per_layer:
             values |= diagnostics.of_step(self.preconditioner.layers, self.preconditioner.states(), step)
         return {**diagnostics.numbers(values), **self.preconditioner.diagnostics(per_layer)}
-
-
-def _dot(direction: dict[nn.Parameter, Tensor]) -> Tensor:
-    return torch.stack([torch.sum(d * p.grad) for p, d in direction.items() if p.grad is not None]).sum()
 
 
 def _check_number(name: str, value: float | str, word: str | None = None) -> None:

@@ -15,16 +15,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from natgrad import damping as dampings
-from natgrad import diagnostics, noise, schedule
+from natgrad import diagnostics, exchange, schedule
 from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture, check_fisher
+from natgrad.distributed import Distributed, Ranks, World, like, reshard, whole
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
-from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
+from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
+from natgrad.metric import Metric
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import check_inverse, check_numbers, check_periods, check_positive
 from natgrad.quadratic import LocalModel
@@ -38,8 +41,8 @@ class Preconditioner:
     """Replace gradients by natural gradients, for any optimizer that follows.
 
     Args:
-        model: The model, called as a whole in the training loop. Construct after moving it to its device and before the
-            first ``torch.compile``d call.
+        model: The model, called as a whole in the training loop; what wrapped or compiled it, if something did, or a
+            :class:`~natgrad.Distributed`. Construct after moving it to its device and before its first call.
         loss: ``"mse"``, ``"cross_entropy"``, ``"bce_with_logits"``, a torch loss module, or a
             :class:`~natgrad.likelihoods.Likelihood`.
         damping: A number (added to the block: split between the factors with ``inverse="cholesky"``, otherwise
@@ -83,7 +86,7 @@ class Preconditioner:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Distributed,
         loss: str | nn.Module | Likelihood | None = None,
         *,
         damping: float | tuple[float, float] | Literal["auto"] = "auto",
@@ -105,22 +108,25 @@ class Preconditioner:
         check_positive(mc_samples=mc_samples)
         check_periods(curvature_period=curvature_period, inverse_period=inverse_period)
         check_inverse(inverse, fisher)
-        self.model = unwrap(model)
+        self.world = World.of(model)
+        called = model.model if isinstance(model, Distributed) else model
+        self.model = unwrap(called)
         self.partition = partition(self.model)
         self.layers = self.partition.require_layers()
+        self.world.deal({layer.name: layer.inversion_cost for layer in self.layers})
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
         # Between updates of the inverses, EKFAC's eigenvalues follow every batch.
         moving = curvature_period == "auto" and inverse == "ekfac"
-        self.curvature_period, self.inverse_period = 1 if moving else curvature_period, inverse_period
-        self.damping_rule = dampings.resolve(damping, inverse)
+        self.curvature_period = 1 if moving else curvature_period
         self.state: State = defaultdict(dict)
         self.skipped_steps = 0
         self.batch = Batch(self.loss, fisher)
         self.multiplier: LossMultiplier | None = None
-        self._inverse, self._moved = INVERSES[inverse], set[str]()  # layers whose factors are newer than their inverse
-        self.applied: dict[str, diagnostics.Applied] = {}
+        rule = dampings.resolve(damping, inverse)
+        self.metric = Metric(self.layers, INVERSES[inverse], rule, inverse_period, self.world)
+        self._whole: dict[nn.Parameter, Tensor] = {}  # gradients of which each rank has a shard
         self.capture = Capture(
-            self.model,
+            entry(called),
             self.layers,
             self.loss,
             fisher=fisher,
@@ -130,6 +136,7 @@ class Preconditioner:
             output=output,
             seed=seed,
             sampling=damping == "auto",
+            world=self.world,
         )
         if inverse == "ekfac":
             self.capture.bases = self._bases
@@ -154,10 +161,11 @@ class Preconditioner:
                 parameter.grad = None
             return False
         natural = self.directions()
-        scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.kl_clip)
+        scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.gradient, self.kl_clip)
         for parameter, direction in natural.items():
             assert parameter.grad is not None
-            parameter.grad.copy_(direction.mul_(scale))
+            parameter.grad.copy_(like(direction.mul_(scale), parameter))
+        self._whole.clear()
         return True
 
     @torch.no_grad()
@@ -174,9 +182,14 @@ class Preconditioner:
             counted as a step.
         """
         batch = self.capture.take()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not gradients:
+        reshard(self.model)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if not parameters:
             raise RuntimeError("`step()` found no gradient: call `loss.backward()` before it.")
+        self.world.traffic.clear()
+        exchange.share_batch(batch, self.layers, self.world)
+        self._whole = {p: whole(p.grad) for p in parameters if isinstance(p.grad, DTensor)}
+        gradients = [g for p in parameters if (g := self.gradient(p)) is not None]
         finite = all_finite([*gradients, *batch.tensors()])
         self.multiplier = self._multiplier(batch)
         if stands is not None and self.multiplier is not None and not stands(self.multiplier, finite):
@@ -188,14 +201,14 @@ class Preconditioner:
         if not batch.forwards and not any(g.any() for g in gradients):
             return False
         if self.multiplier is not None:
-            named = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            named = {n: g for n, p in self.model.named_parameters() if (g := self.gradient(p)) is not None}
             self.multiplier.update(named, evaluate=stands is not None)
             batch.multiplier, batch.scaler = self.multiplier.at_output, self.multiplier.scaler
         self.batch = batch
         self._check_seen(batch)
         for layer in self.layers:
             self._update_factors(layer, batch)
-        self._update_inverses(batch)
+        self.metric.update(self.states(), batch, self._matrix, self.steps)
         for layer in self.layers:
             state = self._state(layer)
             state["step"] = state.get("step", torch.zeros(())) + 1
@@ -206,16 +219,24 @@ class Preconditioner:
     @torch.no_grad()
     def directions(self) -> dict[nn.Parameter, Tensor]:
         """The natural gradient of every parameter that has factors and a gradient."""
+        solutions = self.metric.solve(self.states(), self._matrix)
         natural: dict[nn.Parameter, Tensor] = {}
         for layer in self.layers:
-            state = self._state(layer)
-            gradients = [p.grad for p in layer.parameters if p.grad is not None]
-            if "A" not in state or len(gradients) < len(layer.parameters):
-                continue
-            V = layer.to_matrix(gradients).to(state["A"].dtype)
-            solution = layer.from_matrix(self._inverse.solve(state, V))
-            natural.update(zip(layer.parameters, solution, strict=True))
+            if layer.name in solutions:
+                natural.update(zip(layer.parameters, layer.from_matrix(solutions.pop(layer.name)), strict=True))
         return natural
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """All of a parameter's gradient, of which each rank may have a shard; None if there is none."""
+        return self._whole.get(parameter, parameter.grad)
+
+    def _matrix(self, layer: Layer) -> Tensor | None:
+        """The gradient of a layer as a matrix; None without all of it or without factors."""
+        state = self._state(layer)
+        gradients = [g for p in layer.parameters if (g := self.gradient(p)) is not None]
+        if "A" not in state or len(gradients) < len(layer.parameters):
+            return None
+        return layer.to_matrix(gradients).to(state["A"].dtype)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Running A, (in [+ 1], in [+ 1]), and G, (out, out), by layer name; kron(G, A) is the block over [W b]."""
@@ -245,8 +266,9 @@ class Preconditioner:
             - ``condition_a/<layer>``, ``condition_g/<layer>``: the same of the damped factors, whose product is the
               block; not with ``inverse="ekfac"`` nor where ``damping`` is added to the block.
         """
-        states, latest = self.states() if per_layer else {}, self.steps - 1
-        values = diagnostics.summary(self.applied, latest) | diagnostics.of_inverses(states, self.applied, latest)
+        held = {name: state for name, state in self.states().items() if per_layer and self.world.holds(name)}
+        applied, latest = self.metric.applied, self.steps - 1
+        values = diagnostics.summary(applied, latest) | diagnostics.of_inverses(held, applied, latest)
         return {"skipped_steps": float(self.skipped_steps), **diagnostics.numbers(values)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,8 +307,7 @@ class Preconditioner:
 
     def resume(self) -> None:
         """Let the capture go on from the step that the state is at."""
-        self.applied.clear()
-        self._moved = {layer.name for layer in self.layers}
+        self.metric.forget(self.states())
         self.capture.take()
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
@@ -295,22 +316,16 @@ class Preconditioner:
         return self.state[layer.parameters[0]]
 
     def _bases(self, layer: Layer) -> Bases | None:
-        """Where second moments are wanted; not just before new bases, in which they would start anew."""
-        state = self._state(layer)
-        return None if layer.name in self._due() or "spectrum" not in state else (state["A_basis"], state["G_basis"])
-
-    def _due(self) -> set[str]:
-        """Whose inverse it is time to refresh."""
-        costs = {layer.name: layer.inversion_cost for layer in self.layers}
-        return schedule.turn(self.steps, self.inverse_period, costs)
+        return self.metric.bases(layer, self._state(layer), self.steps)
 
     def _multiplier(self, batch: Batch) -> LossMultiplier | None:
         """For what a batch tells about the number that multiplies the loss; None without a loss or a backward pass."""
         likelihood, forward = self.loss.likelihood, batch.latest
         if likelihood is None or forward is None or forward.gradient is None:
             return None
-        local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms)
-        return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms)
+        ranks = Ranks(self.world, batch.part, forward.output)
+        local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms, ranks)
+        return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms, ranks)
 
     def _check_seen(self, batch: Batch) -> None:
         """A gradient without factors means that the hooks missed the layer, if they watched and it is not zero."""
@@ -318,13 +333,14 @@ class Preconditioner:
             return  # the layer is used for the first time between two updates of the curvature
         captured = {name for name, _ in batch.statistics}
         for layer in self.layers:
-            gradients = [p.grad for p in layer.parameters if p.grad is not None]
+            gradients = [g for p in layer.parameters if (g := self.gradient(p)) is not None]
             seen = layer.name in captured or "A" in self._state(layer)
             if not seen and any(g.any() for g in gradients):
                 raise RuntimeError(
                     f"layer {layer.name!r} has a gradient but natgrad saw no data pass through it. Call the model that "
-                    "was given to natgrad itself, not its parts, with gradients enabled, and construct natgrad before "
-                    "the first call of a `torch.compile`d model."
+                    "was given to natgrad itself, not its parts, with gradients enabled. Of a compiled model give it "
+                    "what `torch.compile` returned (not `model.compile()`), before the first call. Checkpoint "
+                    "activations with `use_reentrant=False`."
                 )
             if not seen and not gradients and self.steps == 0:
                 warnings.warn(f"natgrad: layer {layer.name!r} received no data and no gradient.", stacklevel=4)
@@ -338,51 +354,21 @@ class Preconditioner:
         if decay == "auto":
             decay = 0.0 if determines(batch.rows(layer.name), max(layer.shape)) else LONG_DECAY
         update_average(state, {"A": factors[0], "G": factors[1]}, decay)
-        self._moved.add(layer.name)
+        self.metric.moved.add(layer.name)
         spectrum = batch.spectrum(layer)
         if spectrum is not None:
             update_average(state, {"spectrum": spectrum}, decay, "spectrum_age")
 
-    def _update_inverses(self, batch: Batch) -> None:
-        """Measure the noise by the metric that is there, and then refresh what is due."""
-        key = self._inverse.names[0]
-        started = [layer for layer in self.layers if "A" in self._state(layer)]
-        missing = {layer.name for layer in started if key not in self._state(layer)}
-        if self.capture.sampling and len(missing) == len(started):
-            # There is no metric yet: a first one stands on no evidence, and is good enough to gather some for the next.
-            for _ in range(2):
-                self._refresh_inverses(started)
-                self._measure_noise(batch, anew=True)
-        else:
-            self._measure_noise(batch, anew=False)
-        stale = missing | (self._moved & self._due())
-        self._refresh_inverses([layer for layer in started if layer.name in stale])
 
-    def _measure_noise(self, batch: Batch, anew: bool) -> None:
-        for layer in self.layers:
-            state, samples = self._state(layer), batch.samples.get(layer.name)
-            if samples and self._inverse.names[0] in state:
-                latest = noise.measure(layer, samples, self._inverse, state, batch.scaler)
-                if latest is not None:
-                    noise.remember(state, latest, anew)
-
-    def _refresh_inverses(self, layers: list[Layer]) -> None:
-        if not layers:
-            return
-        states = [state for state in self.states().values() if "A" in state]
-        curvature = dampings.mean_curvature([state["G"] for state in states if state["A"].shape[-2] > 1])
-        pooled = noise.ratio([state["noise"] for state in states if "noise" in state])
-        for layer in layers:
-            state = self._state(layer)
-            own = noise.ratio([state["noise"]]) if "noise" in state else pooled
-            damping = self.damping_rule(state["A"], state["G"], dampings.Evidence(own, curvature))
-            state.update(self._inverse.factorize(state["A"], state["G"], damping))
-            self.applied[layer.name] = diagnostics.Applied(damping, self.steps)
-            self._moved.discard(layer.name)
+Gradient = Callable[[nn.Parameter], Tensor | None]
 
 
-def clip_scale(natural: dict[nn.Parameter, Tensor], bound: float) -> float:
+def clip_scale(natural: dict[nn.Parameter, Tensor], gradient: Gradient, bound: float) -> float:
     """What to multiply Δ by so that gᵀΔ stays below ``bound`` (Ba, Grosse and Martens 2017, section 5)."""
-    products = [torch.sum(d * p.grad) for p, d in natural.items() if p.grad is not None]
-    length = float(torch.stack(products).sum()) if products else 0.0
+    length = float(dot(natural, gradient)) if natural else 0.0
     return min(1.0, (bound / length) ** 0.5) if length > 0 else 1.0
+
+
+def dot(direction: dict[nn.Parameter, Tensor], gradient: Gradient) -> Tensor:
+    """Product of the loss's gradient with a direction."""
+    return torch.stack([torch.sum(d * g) for p, d in direction.items() if (g := gradient(p)) is not None]).sum()
