@@ -89,7 +89,10 @@ def batch(step: int, case: Case) -> tuple[Tensor, Tensor]:
 def parts(step: int, case: Case, ranks: Ranks | None, size: int) -> list[tuple[Tensor, Tensor]]:
     """The micro-batches of one rank; those of ``size`` ranks together where there are none."""
     counts = (UNEVEN if case.uneven else EVEN)[size]
-    shares = [[t.chunk(case.micro) for t in share] for share in zip(*(t.split(counts) for t in batch(step, case)))]
+    shares = [
+        [t.chunk(case.micro) for t in share]
+        for share in zip(*(t.split(counts) for t in batch(step, case)), strict=True)
+    ]
     if ranks is not None:
         return list(zip(*shares[ranks.rank], strict=True))
     each = [[share[side] for share in shares] for side in (0, 1)]

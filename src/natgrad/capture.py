@@ -223,7 +223,7 @@ class Capture:
                 for use in forward.uses:
                     rows = torch.cat([call.layer.inputs(call.x) for call in use], dim=-2)
                     moment = use[0].layer.input_moment(rows, self.sharing[use[0].owner.name])
-                    self._statistics(use[0]).add_inputs(moment, use[0].blocks)
+                    self._statistics(use[0]).add_inputs(moment, use[0].blocks, use[0].upscale)
                 if self.fisher in ("mc", "exact"):
                     self._backpropagate(forward)
             if self.sampling:
@@ -348,7 +348,7 @@ class Capture:
     def _draw(self) -> int:
         """The seed of this forward's draws, different for every step, micro-batch and rank."""
         draw = (self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards
-        return (draw + (self.world.rank << 40)) % 2**63
+        return (draw + self.world.rank * 2_654_435_761) % 2**63  # generators look at the lower 32 bits only
 
 
 def _keep(

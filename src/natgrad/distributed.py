@@ -100,7 +100,7 @@ class World:
         if group is None and isinstance(model, Distributed) and dist.is_initialized():
             group = dist.group.WORLD
         size = 1 if group is None else dist.get_world_size(group)
-        return cls(group if size > 1 else None, _holders(chosen.inverses, size))
+        return cls(group if size > 1 else None, holders(chosen.inverses, size))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "World":
         return self  # process groups are this process's own, and a copy of a model talks to the same ranks
@@ -230,7 +230,7 @@ def _group(model: nn.Module) -> dist.ProcessGroup | None:
     )
 
 
-def _holders(inverses: Inverses, size: int) -> int:
+def holders(inverses: Inverses, size: int) -> int:
     """How many of ``size`` ranks hold each inverse: a divisor of them, as each row of the grid is full."""
     if inverses in ("comm", "memory"):
         return size if inverses == "comm" else 1

@@ -55,6 +55,17 @@ class Metric:
                 state.pop(key, None)
         self.moved, self._inverted = {layer.name for layer in self.layers}, None
 
+    def restore(self, states: States, step: int) -> None:
+        """Make anew the inverses that a checkpoint lacks, as it has those of the rank that wrote it.
+
+        From the factors and the noise in it, they are what they were if they had been refreshed at its last step.
+        """
+        known = self._inverted is not None
+        inverted = self._agree(states)
+        if not known:
+            missing = [layer for layer in self.layers if "A" in states[layer.name] and layer.name not in inverted]
+            self._refresh(missing, states, step)
+
     def due(self, step: int) -> set[str]:
         """Whose inverse it is time to refresh."""
         return schedule.turn(step, self.period, {layer.name: layer.inversion_cost for layer in self.layers})
@@ -97,7 +108,7 @@ class Metric:
         return solutions
 
     def _agree(self, states: States) -> set[str]:
-        """Who have an inverse on every rank that holds it; a checkpoint has those of the rank that wrote it."""
+        """Who have an inverse on every rank that holds it."""
         if self._inverted is None:
             key = self.inverse.names[0]
             lacking = [self.world.holds(layer.name) and key not in states[layer.name] for layer in self.layers]

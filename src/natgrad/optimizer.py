@@ -124,6 +124,7 @@ class KFAC(torch.optim.Optimizer):
             if self._adamw is not None:
                 self._adamw.param_groups[0].update(lr=rest[0]["lr"], weight_decay=rest[0]["weight_decay"])
                 self._adamw.step()
+        self.preconditioner.release()
         return loss
 
     def _stands(self, multiplier: LossMultiplier, finite: bool) -> bool:

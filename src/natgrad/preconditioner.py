@@ -165,7 +165,7 @@ class Preconditioner:
         for parameter, direction in natural.items():
             assert parameter.grad is not None
             parameter.grad.copy_(like(direction.mul_(scale), parameter))
-        self._whole.clear()
+        self.release()
         return True
 
     @torch.no_grad()
@@ -206,6 +206,7 @@ class Preconditioner:
             batch.multiplier, batch.scaler = self.multiplier.at_output, self.multiplier.scaler
         self.batch = batch
         self._check_seen(batch)
+        self.metric.restore(self.states(), self.steps - 1)
         for layer in self.layers:
             self._update_factors(layer, batch)
         self.metric.update(self.states(), batch, self._matrix, self.steps)
@@ -229,6 +230,10 @@ class Preconditioner:
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """All of a parameter's gradient, of which each rank may have a shard; None if there is none."""
         return self._whole.get(parameter, parameter.grad)
+
+    def release(self) -> None:
+        """Let go of the gradients that were gathered for the step."""
+        self._whole = {}
 
     def _matrix(self, layer: Layer) -> Tensor | None:
         """The gradient of a layer as a matrix; None without all of it or without factors."""
@@ -257,6 +262,7 @@ class Preconditioner:
             By key. Those of an inverse are there once it was computed, since construction or loading.
 
             - ``skipped_steps``: left out because something was not finite, since construction.
+            - ``traffic``: bytes of natgrad's messages that this rank took part in, without the gradients' own.
             - ``inverse_age``, ``inverse_age/<layer>``: steps since the inverse was computed; of all, the oldest's.
             - ``damping_a``, ``damping_a/<layer>``: added to A, in squared units of the layer's input; of all, the mean.
             - ``damping_g``, ``damping_g/<layer>``: added to G, in loss over squared units of the layer's output.
@@ -269,7 +275,8 @@ class Preconditioner:
         held = {name: state for name, state in self.states().items() if per_layer and self.world.holds(name)}
         applied, latest = self.metric.applied, self.steps - 1
         values = diagnostics.summary(applied, latest) | diagnostics.of_inverses(held, applied, latest)
-        return {"skipped_steps": float(self.skipped_steps), **diagnostics.numbers(values)}
+        values |= {"skipped_steps": self.skipped_steps, "traffic": self.world.traffic.total()}
+        return diagnostics.numbers(values)
 
     def state_dict(self) -> dict[str, Any]:
         """Running factors and inverses by layer name."""
