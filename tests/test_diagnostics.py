@@ -129,7 +129,7 @@ def dense_inverse(preconditioner: natgrad.Preconditioner, name: str) -> Tensor:
     state = preconditioner.states()[name]
     out, width = len(state["G"]), len(state["A"])
     units = torch.eye(out * width).reshape(-1, out, width)
-    return torch.stack([preconditioner._inverse.solve(state, unit).flatten() for unit in units])
+    return torch.stack([preconditioner.metric.inverse.solve(state, unit).flatten() for unit in units])
 
 
 def test_the_divergence_by_corrected_eigenvalues_is_that_of_the_block_in_use() -> None:

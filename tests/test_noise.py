@@ -29,17 +29,17 @@ def test_total_and_noise_are_those_of_the_data(inverse: str, shape: tuple[int, .
     preconditioner.update()
     samples, states = preconditioner.batch.samples, preconditioner.states()
     for layer in preconditioner.layers:
-        told = noise.measure(layer, samples[layer.name], preconditioner._inverse, states[layer.name], 1.0)
-        assert told is not None
         state, singles = states[layer.name], []
         V = matrix(layer.module)
+        told = noise.split(noise.measure(layer, V, samples[layer.name], preconditioner.metric.inverse, state, 1.0))
+        assert told is not None
         for one, target in zip(x, y, strict=True):
             model.zero_grad()
             (mse_loss(model(one[None]), target[None]) / len(x)).backward()
             singles.append(matrix(layer.module))
         model.zero_grad()
         mse_loss(model(x), y).backward()
-        lengths = [torch.sum(v * preconditioner._inverse.solve(state, v)) for v in (V, *singles)]
+        lengths = [torch.sum(v * preconditioner.metric.inverse.solve(state, v)) for v in (V, *singles)]
         expected = torch.stack([lengths[0], torch.stack(lengths[1:]).sum() - lengths[0] / len(x)])
         torch.testing.assert_close(told, expected, rtol=1e-8, atol=0)
 
@@ -61,7 +61,7 @@ def test_lengths_are_those_of_the_solutions(case: str) -> None:
         mse_loss(z, torch.linspace(-1, 1, z.numel()).reshape(z.shape)).backward()
         preconditioner.update()
     (layer,), (sample,) = preconditioner.layers, preconditioner.batch.samples[""]
-    state, inverse = preconditioner.states()[""], preconditioner._inverse
+    state, inverse = preconditioner.states()[""], preconditioner.metric.inverse
     lengths = []
     for one, g in zip(sample.xs[0], sample.gs[0], strict=True):
         rows = layer.inputs(one[None]), layer.gradients(g[None], one[None])

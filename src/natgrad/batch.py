@@ -5,13 +5,13 @@ make A and G in units of the loss.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from natgrad.factors import Factors, Statistics, join
@@ -161,6 +161,7 @@ class Batch:
         samples: Per layer name, data with the gradients of the user's loss.
         multiplier: What the user's gradients at the output are divided by, to be those of the declared loss.
         scaler: What they are divided by, to fit the gradients of the parameters.
+        part: Of the latest forward pass among those of all ranks, by what the reduction divides by.
     """
 
     loss: Loss
@@ -174,6 +175,7 @@ class Batch:
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     multiplier: float = 1.0
     scaler: float = 1.0
+    part: float = 1.0
 
     def follow(self, earlier: "Batch") -> None:
         """Add what was gathered before."""
@@ -199,13 +201,13 @@ class Batch:
         """Number of rows in A of the layer called ``name``."""
         return sum(s.rows for (owner, _), s in self.statistics.items() if owner == name)
 
-    def sample(self, use: list[Call]) -> None:
+    def sample(self, use: list[Call], ranks: int) -> None:
         """Note the gradients that the user's backward pass brings to some of the data; our own passes must be over."""
         first = use[0]
         if not first.owner.per_datum or first.owner.swaps(first.layer) or first.blocks != slice(None):
             return
         data = len(first.x)
-        every = max(1, round(data / SAMPLE))
+        every = max(1, round(data * ranks / SAMPLE))
         sample = Sample(
             first.layer, [c.x[::every].clone() for c in use], [None] * len(use), round(data * first.upscale)
         )
@@ -215,13 +217,20 @@ class Batch:
             keep = partial(_keep, sample, number, call.edge.output_nr, call.layer.data_dim, call.data, every)
             call.edge.node.register_prehook(keep)
 
-    def check(self, layers: Sequence[Layer], states: Mapping[str, Mapping[str, Any]], step: int) -> None:
+    def check(
+        self,
+        layers: Sequence[Layer],
+        states: Mapping[str, Mapping[str, Any]],
+        step: int,
+        gradient: Callable[[nn.Parameter], Tensor | None],
+    ) -> None:
         """A gradient without factors means that the hooks missed the layer, if they watched and it is not zero.
 
         Args:
             layers: Those that are preconditioned.
             states: What is kept of each, by name.
             step: Number of steps taken.
+            gradient: Of each parameter.
 
         Raises:
             RuntimeError: for such a layer.
@@ -230,13 +239,14 @@ class Batch:
             return  # the layer is used for the first time between two updates of the curvature
         captured = {name for name, _ in self.statistics}
         for layer in layers:
-            gradients = [p.grad for p in layer.parameters if p.grad is not None]
+            gradients = [g for p in layer.parameters if (g := gradient(p)) is not None]
             seen = layer.name in captured or "A" in states[layer.name]
             if not seen and any(g.any() for g in gradients):
                 raise RuntimeError(
                     f"layer {layer.name!r} has a gradient but natgrad saw no data pass through it. Call the model that "
-                    "was given to natgrad itself, not its parts, with gradients enabled, and construct natgrad before "
-                    "the first call of a `torch.compile`d model."
+                    "was given to natgrad itself, not its parts, with gradients enabled. Of a compiled model give it "
+                    "what `torch.compile` returned (not `model.compile()`), before the first call. Checkpoint "
+                    "activations with `use_reentrant=False`."
                 )
             if not seen and not gradients and step == 0:
                 warnings.warn(f"natgrad: layer {layer.name!r} received no data and no gradient.", stacklevel=4)
@@ -305,7 +315,7 @@ def shuffled(data: int, seed: int) -> Tensor:
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every entry is finite, with a single synchronization."""
     largest = torch._foreach_norm([t for t in tensors if t.numel()], torch.inf)
-    return bool(torch.stack([value.double() for value in largest]).isfinite().all())
+    return bool(torch.stack([value.isfinite() for value in largest]).all())
 
 
 def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:
@@ -322,3 +332,8 @@ def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:
         only = torch.zeros_like(rows)
         only[:, position] = rows[:, position]
         yield only.flatten(0, 1)
+
+
+def is_there(gradient: Tensor | None) -> bool:
+    """Whether there is a gradient; of one that is spread over processes, only whether there is a tensor."""
+    return gradient is not None and (type(gradient) is not Tensor or bool(gradient.any()))

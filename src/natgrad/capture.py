@@ -4,13 +4,16 @@ Hooks on the layers remember, for each call, the input and the *gradient edge* o
 graph where its gradient arrives. A hook on the root module then takes the model's output, asks the likelihood for
 vectors and sends them back to the edges by ``torch.autograd.grad``. No parameter gradient is computed, ``.grad`` is
 untouched, and the graph stays for the user's own ``backward()``. An edge, unlike the output tensor, still means the
-same place after an in-place activation has overwritten the output.
+same place after an in-place activation has overwritten the output. Inside compiled code there are no edges: a forward
+whose statistics are due runs uncompiled, and in the others our hooks leave no trace in the compiled graph.
 
 The empirical Fisher needs the user's own gradients: there the hooks sit on the output tensors, and the statistics
 arrive during the user's ``backward()``. So do, at the edges, the samples that tell the noise of the gradients.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -19,9 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Call, Fisher, Forward, one_position_each, shuffled
+from natgrad.batch import Batch, Call, Fisher, Forward, is_there, one_position_each, shuffled
+from natgrad.distributed import World
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
-from natgrad.layers import Bases, Layer, Sharing, at_least_float32
+from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
 
@@ -52,7 +56,7 @@ class Capture:
     them work for whoever was copied with it.
 
     Args:
-        model: The root module; its forward must be what the user calls.
+        model: The root module, or what it was compiled to; its forward must be what the user calls.
         layers: All layers; ``watch`` chooses.
         loss: What to backpropagate, for the Fishers that need it.
         fisher: Which curvature.
@@ -62,6 +66,7 @@ class Capture:
         output: From the model's return value to the tensor that the loss sees.
         seed: With the number of the step it seeds every draw, so that a resumed run repeats them.
         sampling: Whether the user's own gradients of some data are kept as well.
+        world: The ranks that share the data; each draws for its own.
     """
 
     def __init__(
@@ -77,10 +82,11 @@ class Capture:
         output: Callable[[Any], Tensor] | None,
         seed: int,
         sampling: bool,
+        world: World | None = None,
     ) -> None:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.output, self.seed = batch_fraction, output, seed
-        self.sampling = sampling
+        self.sampling, self.world = sampling, world or World()
         self.attached = self.enabled = True
         self.step = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
@@ -91,6 +97,7 @@ class Capture:
         self._waiting: Forward | None = None  # for the loss module to be called
         self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
         self._forward_seed = 0
+        self._uncompiled = ExitStack()
         self._model, self._handles = model, list[RemovableHandle]()
         self.watch(layers, sharing)
 
@@ -105,6 +112,7 @@ class Capture:
         self._handles += [
             self._model.register_forward_pre_hook(self._before_model),
             self._model.register_forward_hook(self._after_model, with_kwargs=True),
+            self._model.register_forward_hook(self._compile_again, always_call=True),
         ]
         if self.loss.module is not None:
             self._handles.append(self.loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
@@ -123,18 +131,20 @@ class Capture:
 
     def settings(self) -> dict[str, Any]:
         """For ``attach``: everything but what was captured."""
-        captured = ("batch", "bases", "_earlier", "_calls", "_waiting", "_open")
+        captured = ("batch", "bases", "_earlier", "_calls", "_waiting", "_open", "_uncompiled")
         return {name: value for name, value in self.__dict__.items() if name not in captured}
 
     def attach(self, settings: dict[str, Any]) -> None:
         """Let the hooks of a copied model work for its owner's copy."""
         self.__dict__.update(settings)
-        self.bases, self._calls, self._waiting = None, None, None
+        self.bases, self._calls, self._waiting, self._uncompiled = None, None, None, ExitStack()
         self.drop()
 
     @property
     def active(self) -> bool:
         """Whether layers should report their calls: the model is running, with gradients, and statistics are due."""
+        if torch.compiler.is_compiling():
+            return False
         return self._calls is not None and self.enabled and torch.is_grad_enabled()
 
     def take(self) -> Batch:
@@ -179,6 +189,12 @@ class Capture:
         self._drop_what_lost_its_gradient()
         self._calls = [] if torch.is_grad_enabled() else None
         self._forward_seed = self._draw()
+        if self.active:
+            self._uncompiled.enter_context(uncompiled(module))
+
+    def _compile_again(self, *_: Any) -> None:
+        if self.attached:
+            self._uncompiled.close()
 
     def record(self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
@@ -248,12 +264,13 @@ class Capture:
                 for use in forward.uses:
                     rows = torch.cat([call.layer.inputs(call.x) for call in use], dim=-2)
                     moment = use[0].layer.input_moment(rows, self.sharing[use[0].owner.name])
-                    self._statistics(use[0]).add_inputs(moment, use[0].blocks)
+                    self._statistics(use[0]).add_inputs(moment, use[0].blocks, use[0].upscale)
                 if self.fisher in ("mc", "exact"):
                     self._backpropagate(forward)
             if self.sampling:
                 for use in forward.uses:
-                    self.batch.sample(use)
+                    if round(len(use[0].x) * use[0].upscale) == forward.data:
+                        self.batch.sample(use, self.world.size)
         if forward.gradient is None:
             if self._earlier is not None:
                 forward.output.register_hook(self._drop_what_lost_its_gradient)
@@ -347,18 +364,19 @@ class Capture:
             return slice(None), 1.0
         if self.batch_fraction == "auto":
             rows = z.numel() // (layer.shape[0] * (layer.blocks or 1))
-            share = max(MIN_ROWS, ROWS_PER_DIMENSION * max(layer.shape)) / max(rows, 1)
+            share = max(MIN_ROWS, ROWS_PER_DIMENSION * max(layer.shape)) / max(rows * self.world.size, 1)
+            kept = math.ceil(share * n - 1e-6)  # one row too few would be averaged over steps
         else:
-            share = self.batch_fraction
-        kept = max(1, round(share * n))
+            kept = max(1, round(self.batch_fraction * n))
         if kept >= n:
             return slice(None), 1.0
         return shuffled(n, self._forward_seed)[:kept].to(z.device), n / kept
 
     def _draw(self) -> int:
-        """The seed of this forward's draws, different for every step and micro-batch."""
+        """The seed of this forward's draws, different for every step, micro-batch and rank."""
         forwards = self.batch.forwards + (0 if self._earlier is None else self._earlier.forwards)
-        return ((self.seed * 1_000_003 + self.step) * 1009 + forwards) % 2**63
+        draw = (self.seed * 1_000_003 + self.step) * 1009 + forwards
+        return (draw + self.world.rank * 2_654_435_761) % 2**63  # generators look at the lower 32 bits only
 
     def _put_aside(self) -> None:
         """The backward pass of what was captured is over."""
@@ -371,14 +389,9 @@ class Capture:
 
     def _drop_what_lost_its_gradient(self, _: Tensor | None = None) -> None:
         """Called before a backward pass: where no gradient is left, earlier ones enter no step, nor may their data."""
-        if self._earlier is not None and self.parameters and not any(_is_there(p.grad) for p in self.parameters):
+        if self._earlier is not None and self.parameters and not any(is_there(p.grad) for p in self.parameters):
             self._earlier = None
 
     def drop(self) -> None:
         """Forget what was captured."""
         self._earlier, self._open, self.batch = None, [], Batch(self.loss, self.fisher)
-
-
-def _is_there(gradient: Tensor | None) -> bool:
-    """Whether there is a gradient; of one that is spread over processes, only whether there is a tensor."""
-    return gradient is not None and (type(gradient) is not Tensor or bool(gradient.any()))

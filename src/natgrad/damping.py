@@ -101,6 +101,8 @@ def pi_split(delta: float) -> DampingRule:
 
 def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
     """λ_A from noise and signal, λ_G from the curvature of the whole network."""
+    if A.shape[-2] == 1:
+        return Damping(0.0, STIFFNESS * evidence.curvature)
     mean = mean_diagonal(A)
     ridge = RIDGE * evidence.noise_to_signal * mean_without_largest(A)
     return Damping(ridge.clamp(LEAST * mean, MOST * mean), STIFFNESS * evidence.curvature)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from natgrad import damping as dampings
 from natgrad.damping import Damping
+from natgrad.distributed import whole
 from natgrad.inverses import apply, reciprocal, to_basis
 from natgrad.layers import Layer
 
@@ -108,7 +109,7 @@ def of_step(
 def norms(step: Mapping[nn.Parameter, Tensor], parameters: Sequence[nn.Parameter]) -> Values:
     """Length of a step, and the same over the length of the parameters that took it."""
     length = _norm([step[p] for p in parameters])
-    return {"step_norm": length, "relative_step": length / _norm([p.detach() for p in parameters])}
+    return {"step_norm": length, "relative_step": length / _norm([whole(p.detach()) for p in parameters])}
 
 
 def half_square(state: Mapping[str, Tensor], M: Tensor) -> Tensor:

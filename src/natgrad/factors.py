@@ -61,15 +61,15 @@ class Statistics:
     rows: int = 0
     G: Tensor | None = None
 
-    def add_inputs(self, moment: Moment, part: slice) -> None:
-        """Add the inputs of one call to the blocks ``part``; one block's moment counts for all of them."""
-        total = moment.total
+    def add_inputs(self, moment: Moment, part: slice, weight: float) -> None:
+        """Add the inputs of one call to the blocks ``part``, counted ``weight`` times; one block's count for all."""
+        total = moment.total if weight == 1 else moment.total * weight
         if self.A is None or self.weight is None:
             shape = total.shape if self.blocks is None else (self.blocks, *total.shape[-2:])
             self.A = total.new_zeros(shape)
             self.weight = total.new_zeros(() if self.blocks is None else (self.blocks, 1, 1))
         self.A[part] += total
-        self.weight[part if self.blocks else ...] += moment.weight
+        self.weight[part if self.blocks else ...] += moment.weight * weight
         self.rows += moment.rows
 
     def add_gradients(self, total: Tensor, part: slice, weight: float) -> None:

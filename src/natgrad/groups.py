@@ -71,7 +71,7 @@ def _parameters(given: Any, names: Mapping[nn.Parameter, str]) -> list[nn.Parame
 
 def relative_rates(
     groups: Sequence[Group], natural: Mapping[nn.Parameter, Tensor]
-) -> tuple[float, dict[Tensor, float]]:
+) -> tuple[float, dict[nn.Parameter, float]]:
     """The largest rate among the layers that take a step, and that of each parameter in units of it."""
     rates = {p: float(group["lr"]) for group in groups for p in group["params"] if p in natural}
     top = max(rates.values(), default=0.0)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from natgrad.batch import Forward
+from natgrad.distributed import Ranks
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.quadratic import HALVINGS, LocalModel
@@ -103,6 +104,7 @@ class LossMultiplier:
         forward: The current pass.
         likelihood: Of the declared loss.
         terms: What the declared loss's reduction divides by.
+        ranks: Of a data-parallel run.
     """
 
     def __init__(
@@ -112,8 +114,9 @@ class LossMultiplier:
         forward: Forward,
         likelihood: Likelihood,
         terms: float,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.state, self._local = state, local
+        self.state, self._local, self.ranks = state, local, ranks or Ranks()
         self.forward, self.likelihood, self.terms = forward, likelihood, terms
 
     @cached_property
@@ -125,8 +128,10 @@ class LossMultiplier:
 
     @cached_property
     def bound(self) -> tuple[float, bool]:
-        """What the pass tells of S s: a lower bound, and whether it is attained."""
-        return at_least(self.forward, self.likelihood, self.terms)
+        """What the pass tells of S s: a lower bound, and whether it is attained. The mean of the ranks' own."""
+        bound, attained = at_least(self.forward, self.likelihood, self.terms)
+        lower, exact, share = self.ranks.mean([bound, attained * bound, attained]).tolist()
+        return (exact / share, True) if share > 0 else (lower, False)
 
     @property
     def loss(self) -> float:
@@ -175,7 +180,7 @@ class LossMultiplier:
         if error < 0:
             return False
         if not finite:
-            return not self.forward.output.isfinite().all()
+            return not self._finite_output
         return not self.bound[1] and (not trusted or self._squared_error() > GROWTH * error)
 
     def accepts(self, step: dict[str, Tensor]) -> bool:
@@ -188,7 +193,7 @@ class LossMultiplier:
         """
         slope, bend, _, trusted = self._promise
         back_there = {name: -s for name, s in step.items()}
-        if not self.forward.output.isfinite().all():
+        if not self._finite_output:
             if not self.local.is_finite(back_there):
                 return True
             self.reject()
@@ -231,11 +236,15 @@ class LossMultiplier:
         kept: list[float] = self.state["promise"].tolist() if "promise" in self.state else [0.0, 0.0, -1.0, 0.0]
         return kept
 
+    @cached_property
+    def _finite_output(self) -> bool:
+        return self.ranks.all(bool(self.forward.output.isfinite().all()))
+
     def _squared_error(self) -> float:
         assert self.forward.gradient is not None
         R = self.likelihood.scale(self.terms)
         size = float(torch.linalg.vector_norm(self.forward.gradient)) / (R * self.loss * self.scaler)
-        return size**2 / self.forward.gradient.numel()
+        return float(self.ranks.mean([size**2 / self.forward.gradient.numel()]))
 
     def _set(self, loss: float, scaler: float) -> None:
         self.state["multiplier"] = torch.tensor([loss, scaler])

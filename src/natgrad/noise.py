@@ -22,20 +22,19 @@ DECAY, LEAST_SIGNAL = 0.9, 1e-3
 State = dict[str, Tensor]
 
 
-def measure(layer: Layer, samples: Sequence[Sample], inverse: Inverse, state: State, scaler: float) -> Tensor | None:
-    """(total, noise) of one batch, or None if no gradient of single data came.
+def measure(
+    layer: Layer, V: Tensor, samples: Sequence[Sample], inverse: Inverse, state: State, scaler: float
+) -> Tensor:
+    """Squared length of the gradient, sum of those of single data, and number of the data; (3,).
 
     Args:
-        layer: Whose gradient it is; its parameters hold it.
+        layer: Whose gradient it is.
+        V: The gradient as a matrix.
         samples: Of its data.
         inverse: How the metric is kept.
         state: The layer's, with the metric in it.
         scaler: How many times longer the gradients of single data are than fits the gradient of the layer.
     """
-    gradients = [p.grad for p in layer.parameters if p.grad is not None]
-    if len(gradients) < len(layer.parameters):
-        return None
-    V = layer.to_matrix(gradients).to(state["A"].dtype)
     data = sum(sample.data for sample in samples)
     energy = torch.zeros((), dtype=V.dtype, device=V.device)
     for sample in samples:
@@ -45,6 +44,12 @@ def measure(layer: Layer, samples: Sequence[Sample], inverse: Inverse, state: St
                 rows[1].shape[-3] * scaler**2
             )
     total = torch.sum(inverse.solve(state, V) * V)
+    return torch.stack([total, energy, total.new_tensor(data)])
+
+
+def split(measured: Tensor) -> Tensor | None:
+    """(total, noise) of one batch from what ``measure`` told of it, or None if no gradient of single data came."""
+    total, energy, data = measured
     if not data or not energy > 0 or not total > 0:
         return None
     return torch.stack([total, (energy - total / data).clamp(min=0)])

@@ -20,7 +20,8 @@ from typing_extensions import Unpack
 
 from natgrad import diagnostics, quadratic
 from natgrad import state as states
-from natgrad.clipping import clip_scale
+from natgrad.clipping import clip_scale, dot
+from natgrad.distributed import Distributed, like, whole
 from natgrad.groups import relative_rates, split
 from natgrad.layers import partition
 from natgrad.likelihoods import Likelihood
@@ -33,7 +34,7 @@ class KFAC(torch.optim.Optimizer):
     """K-FAC as a whole optimizer.
 
     Args:
-        model: The model, called as a whole in the training loop.
+        model: As for :class:`~natgrad.Preconditioner`.
         loss: As for :class:`~natgrad.Preconditioner`.
         params: What is trained, as for every torch optimizer: parameters, named ones, or groups of them with their own
             ``lr`` and ``weight_decay``; all that require gradients, if left out. In each group AdamW trains those
@@ -63,7 +64,7 @@ class KFAC(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Distributed,
         loss: str | nn.Module | Likelihood | None = None,
         *,
         params: ParamsT | None = None,
@@ -88,7 +89,7 @@ class KFAC(torch.optim.Optimizer):
         self._diagnostics: dict[str, float] = {}
         self._latest_step: dict[nn.Parameter, Tensor] = {}
         self._constructed = False
-        given = [p for p in model.parameters() if p.requires_grad] if params is None else params
+        given = [p for p in self.preconditioner.model.parameters() if p.requires_grad] if params is None else params
         super().__init__(given, {"lr": 1.0 if lr == "auto" else lr, "weight_decay": weight_decay})
         self.register_state_dict_post_hook(_complete)
         self._choose_layers()
@@ -153,6 +154,7 @@ class KFAC(torch.optim.Optimizer):
                 self._adamw.step()
         elif not self.preconditioner.steps:  # as torch's tools do to make an optimizer create its state
             self.state.update(self._completed())
+        self.preconditioner.release()
         return loss
 
     def _completed(self) -> dict[Tensor, dict[str, Tensor]]:
@@ -172,11 +174,11 @@ class KFAC(torch.optim.Optimizer):
         """Whether the previous step is left as it was; where new data show that it went much too far, it is undone."""
         if not self.automatic_lr or not multiplier.in_doubt(finite):
             return True
-        step = {p: self.state[p]["velocity"] for p in self._names if "velocity" in self.state[p]}
+        step = {p: whole(self.state[p]["velocity"]) for p in self._names if "velocity" in self.state[p]}
         if not step or multiplier.accepts({self._names[p]: v for p, v in step.items()}):
             return True
         for parameter, velocity in step.items():
-            parameter.sub_(velocity.to(parameter.dtype))
+            parameter.sub_(like(velocity.to(parameter.dtype), parameter))
             del self.state[parameter]["velocity"]
         multiplier.forget()
         self.undone_steps += 1
@@ -189,9 +191,10 @@ class KFAC(torch.optim.Optimizer):
             return
         lr, shares = relative_rates(self.param_groups, natural)
         if self.preconditioner.kl_clip is not None:
-            scale = clip_scale(natural, self.preconditioner.kl_clip / max(lr, 1e-30) ** 2, shares)
+            bound = self.preconditioner.kl_clip / max(lr, 1e-30) ** 2
+            scale = clip_scale(natural, self.preconditioner.gradient, bound, shares)
             torch._foreach_mul_(list(natural.values()), scale)
-        previous = {p: self.state[p]["velocity"] for p in natural if "velocity" in self.state[p]}
+        previous = {p: whole(self.state[p]["velocity"]) for p in natural if "velocity" in self.state[p]}
         if len(previous) < len(natural) or self.momentum == 0.0:
             previous = {}
         if min(shares.values()) < 1:  # the quadratic model then chooses for steps that are so related
@@ -209,8 +212,8 @@ class KFAC(torch.optim.Optimizer):
             if self.momentum != 0.0 or self.automatic_lr:
                 if previous:
                     velocity.add_(previous[parameter], alpha=mu)
-                self.state[parameter]["velocity"] = velocity
-            parameter.add_(velocity.to(parameter.dtype))
+                self.state[parameter]["velocity"] = like(velocity, parameter)
+            parameter.add_(like(velocity.to(parameter.dtype), parameter))
 
     def _coefficients(
         self, lr: float, natural: dict[nn.Parameter, Tensor], previous: dict[nn.Parameter, Tensor]
@@ -223,7 +226,7 @@ class KFAC(torch.optim.Optimizer):
         if self.automatic_lr and multiplier.loss != 1.0:
             torch._foreach_div_(list(natural.values()), multiplier.loss)  # the curvature is so many times larger
         directions = [{p: -d for p, d in natural.items()}, *([previous] if previous else [])]
-        b = torch.stack([_dot(direction) for direction in directions]).double()
+        b = multiplier.ranks.mean(torch.stack([dot(d, self.preconditioner.gradient) for d in directions]))
         named = [{self._names[p]: d for p, d in direction.items()} for direction in directions]
         given = [None if self.automatic_lr else lr, given_momentum][: len(directions)]
         c, told = quadratic.choose(multiplier.local, named, b, given)
@@ -345,7 +348,3 @@ def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     complete = optimizer._completed()
     state_dict["state"].update({index: complete[p] for index, p in zip(indices, parameters, strict=True)})
-
-
-def _dot(direction: dict[nn.Parameter, Tensor]) -> Tensor:
-    return torch.stack([torch.sum(d * p.grad) for p, d in direction.items() if p.grad is not None]).sum()

@@ -15,18 +15,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from natgrad import damping as dampings
-from natgrad import diagnostics, noise, schedule
+from natgrad import diagnostics, exchange, schedule
 from natgrad import state as states
 from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture, check_fisher
 from natgrad.clipping import clip_scale
+from natgrad.distributed import Distributed, Ranks, World, like, reshard, whole
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
-from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
+from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
+from natgrad.metric import Metric
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import check_inverse, check_numbers, check_periods, check_positive
 from natgrad.quadratic import LocalModel
@@ -40,8 +43,8 @@ class Preconditioner:
     """Replace gradients by natural gradients, for any optimizer that follows.
 
     Args:
-        model: The model, called as a whole in the training loop. Construct after moving it to its device and before the
-            first ``torch.compile``d call.
+        model: The model, called as a whole in the training loop; what wrapped or compiled it, if something did, or a
+            :class:`~natgrad.Distributed`. Construct after moving it to its device and before its first call.
         loss: ``"mse"``, ``"cross_entropy"``, ``"bce_with_logits"``, a torch loss module, or a
             :class:`~natgrad.likelihoods.Likelihood`.
         damping: A number (added to the block: split between the factors with ``inverse="cholesky"``, otherwise
@@ -85,7 +88,7 @@ class Preconditioner:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Distributed,
         loss: str | nn.Module | Likelihood | None = None,
         *,
         damping: float | tuple[float, float] | Literal["auto"] = "auto",
@@ -107,22 +110,25 @@ class Preconditioner:
         check_positive(mc_samples=mc_samples)
         check_periods(curvature_period=curvature_period, inverse_period=inverse_period)
         check_inverse(inverse, fisher)
-        self.model = unwrap(model)
+        self.world = World.of(model)
+        called = model.model if isinstance(model, Distributed) else model
+        self.model = unwrap(called)
         self.layers = partition(self.model).require_layers()
+        self.world.deal({layer.name: layer.inversion_cost for layer in self.layers})
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
         # Between updates of the inverses, EKFAC's eigenvalues follow every batch.
         moving = curvature_period == "auto" and inverse == "ekfac"
-        self.curvature_period, self.inverse_period = 1 if moving else curvature_period, inverse_period
+        self.curvature_period = 1 if moving else curvature_period
         self._damping, self._sharing = (damping, inverse), sharing
-        self.damping_rule = dampings.resolve(damping, inverse)
         self.state: State = defaultdict(dict)
         self.skipped_steps = 0
         self.batch = Batch(self.loss, fisher)
         self.multiplier: LossMultiplier | None = None
-        self._inverse, self._moved = INVERSES[inverse], set[str]()  # layers whose factors are newer than their inverse
-        self.applied: dict[str, diagnostics.Applied] = {}
+        rule = dampings.resolve(damping, inverse)
+        self.metric = Metric(self.layers, INVERSES[inverse], rule, inverse_period, self.world)
+        self._whole: dict[nn.Parameter, Tensor] = {}  # gradients of which each rank has a shard
         self.capture = Capture(
-            self.model,
+            entry(called),
             self.layers,
             self.loss,
             fisher=fisher,
@@ -132,6 +138,7 @@ class Preconditioner:
             output=output,
             seed=seed,
             sampling=damping == "auto",
+            world=self.world,
         )
         self._own_capture()
 
@@ -148,15 +155,15 @@ class Preconditioner:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, to be made between two steps: with the model, and without what was captured."""
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("damping_rule", "multiplier")}
-        return {**kept, "batch": Batch(self.loss, self.fisher), "capture": (self.capture, self.capture.settings())}
+        new: dict[str, Any] = {"batch": Batch(self.loss, self.fisher), "multiplier": None, "_whole": {}}
+        return {**self.__dict__, **new, "capture": (self.capture, self.capture.settings())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the hooks that came along with the model."""
         self.__dict__.update(state)
         self.capture, settings = state["capture"]
         self.capture.attach(settings)
-        self.damping_rule, self.multiplier = dampings.resolve(*self._damping), None
+        self.metric.rule = dampings.resolve(*self._damping)
         self._own_capture()
 
     def select(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -171,6 +178,7 @@ class Preconditioner:
         chosen = parts.of(parameters)
         states.carry_over(self.state, self.layers, chosen)
         self.layers = chosen
+        self.metric.choose(chosen, self.states())
         sharing = resolve_sharing(self._sharing, [layer.name for layer in parts.layers])
         self.capture.watch(parts.layers, {layer.name: sharing[layer.name] for layer in chosen})
         self.capture.parameters = [parameter for layer in chosen for parameter in layer.parameters]
@@ -196,10 +204,11 @@ class Preconditioner:
                 parameter.grad = None
             return False
         natural = self.directions()
-        scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.kl_clip)
+        scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.gradient, self.kl_clip)
         for parameter, direction in natural.items():
             assert parameter.grad is not None
-            parameter.grad.copy_(direction.mul_(scale))
+            parameter.grad.copy_(like(direction.mul_(scale), parameter))
+        self.release()
         return True
 
     @torch.no_grad()
@@ -216,9 +225,14 @@ class Preconditioner:
             counted as a step.
         """
         batch = self.capture.take()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not gradients:
+        reshard(self.model)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if not parameters:
             raise RuntimeError("`step()` found no gradient: call `loss.backward()` before it.")
+        self.world.traffic.clear()
+        exchange.share_batch(batch, self.layers, self.world)
+        self._whole = {p: whole(p.grad) for p in parameters if isinstance(p.grad, DTensor)}
+        gradients = [g for p in parameters if (g := self.gradient(p)) is not None]
         finite = all_finite([*gradients, *batch.tensors()])
         self.multiplier = self._multiplier(batch)
         if stands is not None and self.multiplier is not None and not stands(self.multiplier, finite):
@@ -231,18 +245,19 @@ class Preconditioner:
         if not trains and not any(g.any() for g in gradients):
             return False
         if self.multiplier is not None:
-            named = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            named = {n: g for n, p in self.model.named_parameters() if (g := self.gradient(p)) is not None}
             self.multiplier.update(named, evaluate=stands is not None)
             batch.multiplier, batch.scaler = self.multiplier.at_output, self.multiplier.scaler
         self.batch = batch
-        batch.check(self.layers, self.states(), self.steps)
+        batch.check(self.layers, self.states(), self.steps, self.gradient)
+        self.metric.restore(self.states(), self.steps - 1)
         for layer in self.layers:
             self._update_factors(layer, batch)
-        self._update_inverses(batch)
+        self.metric.update(self.states(), batch, self._matrix, self.steps)
         for layer in self.layers:
             state = self._state(layer)
             state["step"] = state.get("step", torch.zeros(())) + 1
-            state[states.MOVED] = torch.tensor(float(layer.name in self._moved))
+            state[states.MOVED] = torch.tensor(float(layer.name in self.metric.moved))
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
         return True
@@ -250,16 +265,28 @@ class Preconditioner:
     @torch.no_grad()
     def directions(self) -> dict[nn.Parameter, Tensor]:
         """The natural gradient of every parameter that has factors and a gradient."""
+        solutions = self.metric.solve(self.states(), self._matrix)
         natural: dict[nn.Parameter, Tensor] = {}
         for layer in self.layers:
-            state = self._state(layer)
-            gradients = [p.grad for p in layer.parameters if p.grad is not None]
-            if "A" not in state or len(gradients) < len(layer.parameters):
-                continue
-            V = layer.to_matrix(gradients).to(state["A"].dtype)
-            solution = layer.from_matrix(self._inverse.solve(state, V))
-            natural.update(zip(layer.parameters, solution, strict=True))
+            if layer.name in solutions:
+                natural.update(zip(layer.parameters, layer.from_matrix(solutions.pop(layer.name)), strict=True))
         return natural
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """All of a parameter's gradient, of which each rank may have a shard; None if there is none."""
+        return self._whole.get(parameter, parameter.grad)
+
+    def release(self) -> None:
+        """Let go of the gradients that were gathered for the step."""
+        self._whole = {}
+
+    def _matrix(self, layer: Layer) -> Tensor | None:
+        """The gradient of a layer as a matrix; None without all of it or without factors."""
+        state = self._state(layer)
+        gradients = [g for p in layer.parameters if (g := self.gradient(p)) is not None]
+        if "A" not in state or len(gradients) < len(layer.parameters):
+            return None
+        return layer.to_matrix(gradients).to(state["A"].dtype)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Running A, (in [+ 1], in [+ 1]), and G, (out, out), by layer name; kron(G, A) is the block over [W b]."""
@@ -280,6 +307,7 @@ class Preconditioner:
             By key. Those of an inverse are there once it was computed, since construction or loading.
 
             - ``skipped_steps``: left out because something was not finite, since construction.
+            - ``traffic``: bytes of natgrad's messages that this rank took part in, without the gradients' own.
             - ``inverse_age``, ``inverse_age/<layer>``: steps since the inverse was computed; of all, the oldest's.
             - ``damping_a``, ``damping_a/<layer>``: added to A, in squared units of the layer's input; of all, the mean.
             - ``damping_g``, ``damping_g/<layer>``: added to G, in loss over squared units of the layer's output.
@@ -289,9 +317,11 @@ class Preconditioner:
             - ``condition_a/<layer>``, ``condition_g/<layer>``: the same of the damped factors, whose product is the
               block; not with ``inverse="ekfac"`` nor where ``damping`` is added to the block.
         """
-        states, latest = self.states() if per_layer else {}, self.steps - 1
-        values = diagnostics.summary(self.applied, latest) | diagnostics.of_inverses(states, self.applied, latest)
-        return {"skipped_steps": float(self.skipped_steps), **diagnostics.numbers(values)}
+        held = {name: state for name, state in self.states().items() if per_layer and self.world.holds(name)}
+        applied, latest = self.metric.applied, self.steps - 1
+        values = diagnostics.summary(applied, latest) | diagnostics.of_inverses(held, applied, latest)
+        values |= {"skipped_steps": self.skipped_steps, "traffic": self.world.traffic.total()}
+        return diagnostics.numbers(values)
 
     def state_dict(self) -> dict[str, Any]:
         """Running factors and inverses by layer name; the same tensors at every step, see :mod:`natgrad.state`."""
@@ -315,14 +345,13 @@ class Preconditioner:
         kept = {}
         for layer in self.layers:
             of_all = states.OF_ALL if layer is self.layers[0] and self.loss.likelihood is not None else ()
-            names = [*states.names(self._inverse.names, self.capture.sampling), *of_all]
+            names = [*states.names(self.metric.inverse.names, self.capture.sampling), *of_all]
             kept[layer.name] = states.completed(self._state(layer), names, partial(states.of_layer, layer))
         return kept
 
     def resume(self) -> None:
         """Let the capture go on from the step that the state is at."""
-        self.applied.clear()
-        self._moved = {layer.name for layer in self.layers if self._state(layer).get(states.MOVED, True)}
+        self.metric.forget(self.states())
         self.capture.drop()
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
@@ -331,22 +360,16 @@ class Preconditioner:
         return self.state[layer.parameters[0]]
 
     def _bases(self, layer: Layer) -> Bases | None:
-        """Where second moments are wanted; not just before new bases, in which they would start anew."""
-        state = self._state(layer)
-        return None if layer.name in self._due() or "spectrum" not in state else (state["A_basis"], state["G_basis"])
-
-    def _due(self) -> set[str]:
-        """Whose inverse it is time to refresh."""
-        costs = {layer.name: layer.inversion_cost for layer in self.layers}
-        return schedule.turn(self.steps, self.inverse_period, costs)
+        return self.metric.bases(layer, self._state(layer), self.steps)
 
     def _multiplier(self, batch: Batch) -> LossMultiplier | None:
         """For what a batch tells about the number that multiplies the loss; None without a loss or a backward pass."""
         likelihood, forward = self.loss.likelihood, batch.latest
         if likelihood is None or forward is None or forward.gradient is None:
             return None
-        local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms)
-        return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms)
+        ranks = Ranks(self.world, batch.part, forward.output)
+        local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms, ranks)
+        return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms, ranks)
 
     def _update_factors(self, layer: Layer, batch: Batch) -> None:
         factors = batch.factors(layer)
@@ -357,44 +380,7 @@ class Preconditioner:
         if decay == "auto":
             decay = 0.0 if determines(batch.rows(layer.name), max(layer.shape)) else LONG_DECAY
         update_average(state, {"A": factors[0], "G": factors[1]}, decay)
-        self._moved.add(layer.name)
+        self.metric.moved.add(layer.name)
         spectrum = batch.spectrum(layer)
         if spectrum is not None:
             update_average(state, {"spectrum": spectrum}, decay, "spectrum_age")
-
-    def _update_inverses(self, batch: Batch) -> None:
-        """Measure the noise by the metric that is there, and then refresh what is due."""
-        key = self._inverse.names[0]
-        started = [layer for layer in self.layers if "A" in self._state(layer)]
-        missing = {layer.name for layer in started if key not in self._state(layer)}
-        if self.capture.sampling and len(missing) == len(started):
-            # There is no metric yet: a first one stands on no evidence, and is good enough to gather some for the next.
-            for _ in range(2):
-                self._refresh_inverses(started)
-                self._measure_noise(batch, anew=True)
-        else:
-            self._measure_noise(batch, anew=False)
-        stale = missing | (self._moved & self._due())
-        self._refresh_inverses([layer for layer in started if layer.name in stale])
-
-    def _measure_noise(self, batch: Batch, anew: bool) -> None:
-        for layer in self.layers:
-            state, samples = self._state(layer), batch.samples.get(layer.name)
-            if samples and self._inverse.names[0] in state:
-                latest = noise.measure(layer, samples, self._inverse, state, batch.scaler)
-                if latest is not None:
-                    noise.remember(state, latest, anew)
-
-    def _refresh_inverses(self, layers: list[Layer]) -> None:
-        if not layers:
-            return
-        states = [state for state in self.states().values() if "A" in state]
-        curvature = dampings.mean_curvature([state["G"] for state in states if state["A"].shape[-2] > 1])
-        pooled = noise.ratio([state["noise"] for state in states if "noise" in state])
-        for layer in layers:
-            state = self._state(layer)
-            own = noise.ratio([state["noise"]]) if "noise" in state else pooled
-            damping = self.damping_rule(state["A"], state["G"], dampings.Evidence(own, curvature))
-            state.update(self._inverse.factorize(state["A"], state["G"], damping))
-            self.applied[layer.name] = diagnostics.Applied(damping, self.steps)
-            self._moved.discard(layer.name)

@@ -26,10 +26,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from natgrad.batch import Forward, shuffled
-from natgrad.layers import at_least_float32
+from natgrad.distributed import Ranks, shards_left_alone, whole
+from natgrad.layers import at_least_float32, uncompiled
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 
@@ -52,6 +54,7 @@ class LocalModel:
         select: From the model's return value to the tensor that the loss sees.
         forward: A forward pass whose backward pass is done.
         terms: What the reduction divides by, over the whole batch: more than that forward's when it was split.
+        ranks: Of a data-parallel run; the model is that of the mean of their losses, the same on all of them.
     """
 
     def __init__(
@@ -61,9 +64,11 @@ class LocalModel:
         select: Callable[[Any], Tensor],
         forward: Forward,
         terms: float,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
-        size = max(MIN_DATA, round(SHARE * forward.data))
+        self.ranks = ranks or Ranks()
+        size = round(max(MIN_DATA * self.ranks.part, SHARE * forward.data))
         self.chosen: slice | Tensor = slice(None)
         if size < forward.data:
             # Drawn anew at every step, and as far as possible not from the data of the factors: on the very data whose
@@ -81,6 +86,7 @@ class LocalModel:
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
         self.parts = (0.0, 0.0)
         self._before: Outputs | None = None
+        self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if isinstance(p, DTensor)}
 
     def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
         """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move."""
@@ -95,7 +101,7 @@ class LocalModel:
         root = 1.0 if self.weights is None else self.weights.curvature.sqrt()
         J = torch.stack([(product * root).flatten() for product in products])
         HJ = torch.stack([(root * self.likelihood.hessian_product(at, product)).flatten() for product in products])
-        return self._scale(at) * (J @ HJ.mT).double()
+        return self.ranks.mean(self._scale(at) * (J @ HJ.mT))
 
     def slope(self, direction: dict[str, Tensor]) -> float:
         """Derivative along the direction of what the user differentiated, by its gradient at the output."""
@@ -103,7 +109,7 @@ class LocalModel:
         tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
         self._before, (product, _) = directional_derivative(self._run, parameters, tangent)
         assert self.forward.gradient is not None
-        return float(torch.sum(self._take(self.forward.gradient) * product) / self.share)
+        return float(self.ranks.mean(torch.sum(self._take(self.forward.gradient) * product) / self.share))
 
     def change(self, step: dict[str, Tensor]) -> float:
         """By how much the loss would change if the parameters moved by ``step``.
@@ -123,24 +129,26 @@ class LocalModel:
         arrived = self._take(self.forward.gradient) / (self.scaler * self.share)
         linear = torch.sum(arrived * (returned_after - returned)) + torch.sum(shift * (after - before))
         bend = self._scale(before) * divergence.sum()
-        self.parts = (float(linear), 2 * float(bend))
-        return float(linear + bend)
+        slope, rise = map(float, self.ranks.mean(torch.stack([linear, bend])))
+        self.parts = (slope, 2 * rise)
+        return slope + rise
 
     def is_finite(self, step: dict[str, Tensor]) -> bool:
         """Whether the output would be finite if the parameters moved by ``step``."""
         moved = {name: p + step[name].to(p.dtype) for name, p in self._parameters(step).items()}
-        return bool(self._run(moved)[1].isfinite().all())
+        return self.ranks.all(bool(self._run(moved)[1].isfinite().all()))
 
     def _parameters(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.model.get_parameter(name).detach() for name in like}
+        return {name: self._gathered.get(name, self.model.get_parameter(name).detach()) for name in like}
 
     def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The tensor whose gradient was noted, and the one that the loss sees."""
         # Copies made in here may be written to under differentiation; captured ones may not.
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         # The same dropout every time, and the user's random stream as it was.
-        with torch.random.fork_rng(devices=_devices(parameters)):
-            raw = functional_call(self.model, {**parameters, **buffers}, self.args, self.kwargs)
+        forked = torch.random.fork_rng(devices=_devices(parameters))
+        with forked, shards_left_alone(self.model), uncompiled(self.model):
+            raw = functional_call(self.model, {**self._gathered, **parameters, **buffers}, self.args, self.kwargs)
         output = at_least_float32(self.rearrange(self.select(raw)))
         return output if self.forward.returned is None else at_least_float32(raw), output
 

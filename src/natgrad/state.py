@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.distributed import whole
 from natgrad.layers import Layer
 
 # What belongs to a factor, or to the block of a layer; the rest are numbers.
@@ -85,7 +86,7 @@ def known(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_unknown(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().all())
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(whole(value).isnan().all())
 
 
 def copied(state: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:

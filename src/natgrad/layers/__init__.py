@@ -7,7 +7,7 @@ familiar. Importing this package registers them all.
 from natgrad.layers import attention, convolution, embedding, linear, normalization, recurrent
 from natgrad.layers.base import Layer, Recorder, WeightLayer, register, registered
 from natgrad.layers.moments import Moment, Sharing, at_least_float32
-from natgrad.layers.partition import Partition, partition, unwrap
+from natgrad.layers.partition import Partition, entry, partition, uncompiled, unwrap
 from natgrad.layers.spectrum import Bases
 
 __all__ = [
@@ -22,11 +22,13 @@ __all__ = [
     "attention",
     "convolution",
     "embedding",
+    "entry",
     "linear",
     "normalization",
     "partition",
     "recurrent",
     "register",
     "registered",
+    "uncompiled",
     "unwrap",
 ]

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
@@ -195,6 +196,8 @@ def register(*modules: type[nn.Module] | str) -> Callable[[KindT], KindT]:
 def registered(module: nn.Module) -> type[Layer] | None:
     """The kind registered for the module's type, seen through parametrizations, or None."""
     kind = type(module)
+    if isinstance(module, FSDPModule):
+        kind = kind.__mro__[2]  # torch derives a class from FSDPModule and the user's
     if parametrize.is_parametrized(module):
         kind = kind.__mro__[1]  # torch derives a class for each parametrized module
     return _REGISTRY.get(kind) or _REGISTRY.get(kind.__name__)

@@ -1,8 +1,11 @@
 """Which parameters get a Kronecker block, and why the others do not."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -92,7 +95,8 @@ def _candidates(name: str, module: nn.Module) -> list[Layer] | str:
         return reason
     if not any(p.requires_grad for p in module.parameters()):
         return FROZEN
-    layers = [weight_norm.WeightNormLayer(layer) if parametrized else layer for layer in kind.split(name, module)]
+    shown = ".".join(part for part in name.split(".") if part != "_orig_mod")  # of a compiled part
+    layers = [weight_norm.WeightNormLayer(layer) if parametrized else layer for layer in kind.split(shown, module)]
     if not all(isinstance(p, nn.Parameter) for layer in layers for p in layer.parameters):
         return "what it computes with is no parameter, but made from one by a hook, as by torch.nn.utils.prune"
     return [layer for layer in layers if layer.trained]
@@ -130,6 +134,21 @@ def _reason(name: str, parameter: nn.Parameter, why: dict[str, str]) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside a data-parallel wrapper."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return model.module if isinstance(model, wrappers) else model
+    """The user's module inside data-parallel wrappers and what ``torch.compile`` returned."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrap(model.module)
+    compiled = model._modules.get("_orig_mod")
+    return model if compiled is None else unwrap(compiled)
+
+
+def entry(model: nn.Module) -> nn.Module:
+    """Of the wrapped module, the outermost shell in which no code is compiled: there a call can be watched."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return entry(model.module)
+    return model
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """As long as this lasts, what ``torch.compile`` made of the model or its parts runs as it was written."""
+    compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from natgrad.distributed import whole
 from natgrad.layers.base import Layer
 from natgrad.layers.wrapped import WrappedLayer
 
@@ -52,7 +53,7 @@ class WeightNormLayer(WrappedLayer):
 
     def _direction(self) -> tuple[Tensor, Tensor]:
         """The direction u, shaped like v, and ‖v‖ / g; an output with g = 0 moves by its g alone."""
-        g, v = self.g.detach(), self.v.detach()
+        g, v = whole(self.g.detach()), whole(self.v.detach())
         norm = _per_output(v.flatten(1).norm(dim=1), v)
         return v / norm, torch.where(g == 0, 0.0, norm / g)
 

@@ -1,0 +1,158 @@
+"""Stage 5 over all layers: when inverses are refreshed, with what damping, and on which rank.
+
+What enters are the running factors in the state of each layer and what a batch tells of the noise; what leaves are the
+inverses, in the same state. The noise of the gradient is measured in the metric that these make, and decides about the
+damping of the next ones.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad import damping as dampings
+from natgrad import diagnostics, exchange, noise, schedule
+from natgrad.batch import Batch
+from natgrad.damping import DampingRule
+from natgrad.distributed import World
+from natgrad.inverses import Inverse
+from natgrad.layers import Bases, Layer
+from natgrad.schedule import Period
+from natgrad.state import MOVED
+
+States = Mapping[str, dict[str, Any]]
+Matrix = Callable[[Layer], Tensor | None]
+
+
+class Metric:
+    """The inverses of all layers.
+
+    Args:
+        layers: The layers.
+        inverse: How a damped block is inverted.
+        rule: What is added to the factors.
+        period: Between updates.
+        world: The ranks, with an owner for each layer.
+
+    Attributes:
+        applied: Damping of the latest inverse of each layer, and number of the step, since construction or loading.
+        moved: Layers whose factors are newer than their inverse.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], inverse: Inverse, rule: DampingRule, period: Period, world: World
+    ) -> None:
+        self.layers, self.inverse, self.rule, self.period, self.world = layers, inverse, rule, period, world
+        self.applied: dict[str, diagnostics.Applied] = {}
+        self.moved: set[str] = set()
+        self._inverted: set[str] | None = None  # who have an inverse on every rank that holds it, once agreed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the rule, a function made on the spot: who copies gives it back."""
+        return {name: value for name, value in self.__dict__.items() if name != "rule"}
+
+    def choose(self, layers: Sequence[Layer], states: States) -> None:
+        """From now on these are the layers."""
+        self.layers = layers
+        self.world.deal({layer.name: layer.inversion_cost for layer in layers})
+        self.forget(states)
+
+    def forget(self, states: States) -> None:
+        """The state has become another; inverses that other ranks are to hold are dropped."""
+        self.applied.clear()
+        for name, state in states.items():
+            for key in () if self.world.holds(name) else self.inverse.names:
+                state.pop(key, None)
+        self.moved, self._inverted = {name for name, state in states.items() if state.get(MOVED, True)}, None
+
+    def restore(self, states: States, step: int) -> None:
+        """Make anew the inverses that a checkpoint lacks, as it has those of the rank that wrote it.
+
+        From the factors and the noise in it, they are what they were if they had been refreshed at its last step.
+        """
+        known = self._inverted is not None
+        inverted = self._agree(states)
+        if not known:
+            missing = [layer for layer in self.layers if "A" in states[layer.name] and layer.name not in inverted]
+            self._refresh(missing, states, step)
+
+    def due(self, step: int) -> set[str]:
+        """Whose inverse it is time to refresh."""
+        return schedule.turn(step, self.period, {layer.name: layer.inversion_cost for layer in self.layers})
+
+    def bases(self, layer: Layer, state: Mapping[str, Any], step: int) -> Bases | None:
+        """Where second moments are wanted; not just before new bases, in which they would start anew."""
+        wanted = "spectrum" in state and layer.name not in self.due(step)
+        return (state["A_basis"], state["G_basis"]) if wanted else None
+
+    def update(self, states: States, batch: Batch, matrix: Matrix, step: int) -> None:
+        """Measure the noise by the metric that is there, and then refresh what is due.
+
+        Args:
+            states: Of each layer, by name.
+            batch: Whose factors are in them.
+            matrix: From a layer to its gradient.
+            step: Number of the step.
+        """
+        started = [layer for layer in self.layers if "A" in states[layer.name]]
+        missing = {layer.name for layer in started} - self._agree(states)
+        if batch.samples and len(missing) == len(started):
+            # There is no metric yet: a first one stands on no evidence, and is good enough to gather some for the next.
+            for _ in range(2):
+                self._refresh(started, states, step)
+                self._measure(batch, states, matrix, anew=True)
+        else:
+            self._measure(batch, states, matrix, anew=False)
+        stale = missing | (self.moved & self.due(step))
+        self._refresh([layer for layer in started if layer.name in stale], states, step)
+
+    def solve(self, states: States, matrix: Matrix) -> dict[str, Tensor]:
+        """The natural gradient of every layer that has factors and a gradient, as a matrix by its name."""
+        solutions: dict[str, Tensor] = {}
+        for layer in self.layers:
+            V = matrix(layer)
+            if V is not None:
+                held = self.world.holds(layer.name)
+                solutions[layer.name] = self.inverse.solve(states[layer.name], V) if held else torch.empty_like(V)
+        exchange.share_solutions(solutions, self.world)
+        return solutions
+
+    def _agree(self, states: States) -> set[str]:
+        """Who have an inverse on every rank that holds it."""
+        if self._inverted is None:
+            key = self.inverse.names[0]
+            lacking = [self.world.holds(layer.name) and key not in states[layer.name] for layer in self.layers]
+            totals = self.world.sum(lacking, self.layers[0].parameters[0]).tolist()
+            self._inverted = {layer.name for layer, total in zip(self.layers, totals, strict=True) if not total}
+        return self._inverted
+
+    def _measure(self, batch: Batch, states: States, matrix: Matrix, anew: bool) -> None:
+        measured: dict[str, Tensor] = {}
+        for layer in self.layers:
+            samples, V = batch.samples.get(layer.name), matrix(layer)
+            if samples and V is not None and layer.name in self._agree(states):
+                with exchange.lent(layer, states[layer.name], self.inverse.names, self.world) as inverse:
+                    measured[layer.name] = noise.measure(layer, V, samples, self.inverse, inverse, batch.scaler)
+        exchange.share_noise(measured, self.world)
+        for name, sums in measured.items():
+            latest = noise.split(sums)
+            if latest is not None:
+                noise.remember(states[name], latest, anew)
+
+    def _refresh(self, layers: list[Layer], states: States, step: int) -> None:
+        if not layers:
+            return
+        filled = [state for state in states.values() if "A" in state]
+        curvature = dampings.mean_curvature([state["G"] for state in filled if state["A"].shape[-2] > 1])
+        pooled = noise.ratio([state["noise"] for state in filled if "noise" in state])
+        for layer in layers:
+            state = states[layer.name]
+            own = noise.ratio([state["noise"]]) if "noise" in state else pooled
+            damping = self.rule(state["A"], state["G"], dampings.Evidence(own, curvature))
+            if self.world.owns(layer.name):
+                state.update(self.inverse.factorize(state["A"], state["G"], damping))
+            self.applied[layer.name] = diagnostics.Applied(damping, step)
+            self.moved.discard(layer.name)
+        exchange.share_inverses(layers, states, self.inverse.names, self.world)
+        self._agree(states).update(layer.name for layer in layers)

@@ -1,0 +1,55 @@
+"""Several ranks take the steps that one process takes on all their data."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import ranks
+from rank_cases import GIVEN, Case, Ranks, Training, relative
+
+STEPS = 20
+HELD = {"inverse": "eigen", "inverse_period": 3}
+CASES = {
+    "automatic": Case(),
+    "automatic, uneven": Case(uneven=True),
+    "given": Case(GIVEN),
+    "given, uneven": Case(GIVEN, uneven=True),
+    "empirical": Case({"fisher": "empirical"}),
+    "empirical, given, classes": Case({"fisher": "empirical", **GIVEN}, "cross_entropy"),
+    "classes, uneven": Case(loss="cross_entropy", uneven=True),
+    "forward": Case({"fisher": "forward", **GIVEN}),
+    "eigen": Case({"inverse": "eigen", "damping": 0.1}),
+    "ekfac": Case({"inverse": "ekfac", "inverse_period": 3}),
+    "accumulated": Case(micro=3),
+    "float32": Case(dtype=torch.float32),
+    "memory": Case(inverses="memory"),
+    "memory, given, uneven": Case(GIVEN, inverses="memory", uneven=True),
+    "memory, eigen": Case(HELD, inverses="memory"),
+    "half, uneven": Case(inverses=0.5, uneven=True),
+    "half, eigen, classes": Case(HELD, "cross_entropy", inverses=0.5),
+    "fsdp": Case(wrapper="fsdp"),
+    "fsdp, given, uneven": Case({**GIVEN, "weight_decay": 0.1}, wrapper="fsdp", uneven=True),
+    "fsdp, memory, classes": Case(HELD, "cross_entropy", wrapper="fsdp", inverses="memory"),
+    "fsdp, empirical, half": Case({"fisher": "empirical"}, wrapper="fsdp", inverses=0.5),
+    "fsdp, float32": Case(dtype=torch.float32, wrapper="fsdp"),
+}
+FOUR = {"hsdp": Case(wrapper="hsdp"), "hsdp, given": Case(GIVEN, wrapper="hsdp", inverses="memory")}
+
+
+def train(size: int, cases: list[Case]) -> list[Tensor]:
+    some = Ranks.of(size)
+    return [Training(case, some, size).steps(0, STEPS).parameters() for case in cases]
+
+
+@pytest.mark.parametrize(("size", "cases"), [(2, CASES), (4, {**CASES, **FOUR})], ids=["two", "four"])
+def test_ranks_take_the_steps_of_one_process(size: int, cases: dict[str, Case]) -> None:
+    each = ranks.run(train, 4, size, list(cases.values()))
+    off = {}
+    for number, (name, case) in enumerate(cases.items()):
+        one = Training(case, None, size).steps(0, STEPS).parameters()
+        together = [rank[number] for rank in each]
+        assert all(torch.equal(other, together[0]) for other in together), f"{name}: ranks differ"
+        off[name] = relative(together[0], one)
+        bar = 1e-5 if case.dtype == torch.float32 else 1e-10
+        assert off[name] < bar, f"{name}: {off[name]:.1e}"
+    print(off)
