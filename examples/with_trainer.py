@@ -56,7 +56,7 @@ def main(folder: str) -> float:
     """Mean loss of the last steps."""
     torch.manual_seed(0)
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(TOKENS, n_positions=LENGTH, n_embd=32, n_layer=1, n_head=2, **dropout)
+    config = GPT2Config(vocab_size=TOKENS, n_positions=LENGTH, n_embd=32, n_layer=1, n_head=2, **dropout)
     model = GPT2LMHeadModel(config)
     optimizer = natgrad.KFAC(model, loss="cross_entropy", output=predictions)
     arguments = TrainingArguments(

@@ -1,5 +1,6 @@
 """A run that is interrupted and resumed is bitwise the run that was not, whatever tool wrote the checkpoint."""
 
+import copy
 import io
 import pathlib
 from collections.abc import Callable
@@ -105,7 +106,7 @@ def test_the_preconditioner_goes_on_bitwise(
         dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
         state = {name: resumed[name].state_dict() for name in state}
         dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
-        state["sgd"] = whole["sgd"].state_dict()
+        state["sgd"] = copy.deepcopy(whole["sgd"].state_dict())
     for name, part in state.items():
         resumed[name].load_state_dict(part)
     for seed in range(steps, steps + 5):

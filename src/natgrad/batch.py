@@ -91,7 +91,8 @@ class Forward:
         uses: The calls of the layers, together where their rows are positions of the same rows; none if not due.
         weights: What the targets imply, where a loss module was watched.
         seen: The model's own output, where the loss module got a rearranged one.
-        returned: What the model returned, if a function of the user's made ``output`` from that tensor.
+        returned: The tensor that the model returned and a function of the user's made ``output`` from.
+        key: Of that tensor, where the model returned several things.
         gradient: Of the user's loss with respect to ``returned`` or else ``output``, once it has arrived.
         seed: Of the order in which data are chosen, see :func:`shuffled`.
         multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
@@ -104,6 +105,7 @@ class Forward:
     weights: Weights | None = None
     seen: Tensor | None = None
     returned: Tensor | None = None
+    key: Any = None
     gradient: Tensor | None = None
     seed: int = 0
     multiplier: Tensor | None = None
@@ -305,6 +307,18 @@ def _keep(
     if g is not None:
         leading = (slice(None),) * dim
         sample.gs[number] = g.detach()[(*leading, data)][(*leading, slice(None, None, every))].clone()
+
+
+def source(raw: Any, output: Tensor) -> Any:
+    """The key of the tensor that ``output`` was made from, in what a model returned; None if it is one of its tensors.
+
+    Where the model computes its own loss, the gradient arrives at that tensor, and not at what is made of it for us.
+    """
+    parts = raw.items() if isinstance(raw, Mapping) else enumerate(raw) if isinstance(raw, tuple | list) else ()
+    tensors = {key: part for key, part in parts if isinstance(part, Tensor) and part.requires_grad and part.ndim}
+    if len(tensors) != 1 or any(part is output for part in tensors.values()):
+        return None
+    return next(iter(tensors))
 
 
 def shuffled(data: int, seed: int) -> Tensor:

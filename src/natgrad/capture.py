@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Call, Fisher, Forward, is_there, one_position_each, shuffled
+from natgrad.batch import Batch, Call, Fisher, Forward, is_there, one_position_each, shuffled, source
 from natgrad.distributed import World
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled
@@ -212,8 +212,9 @@ class Capture:
             return
         forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed)
         if self.loss.module is None:
-            if self.output is not None and isinstance(raw, Tensor):
-                forward.returned = raw
+            if self.output is not None:
+                forward.key = source(raw, output)
+                forward.returned = raw if isinstance(raw, Tensor) else None if forward.key is None else raw[forward.key]
             self._gather(forward)
         else:
             self._waiting = forward

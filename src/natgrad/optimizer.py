@@ -152,7 +152,8 @@ class KFAC(torch.optim.Optimizer):
             self._step_layers()
             if self._adamw is not None:
                 self._adamw.step()
-        elif not self.preconditioner.steps:  # as torch's tools do to make an optimizer create its state
+        elif not self.preconditioner.steps + self.preconditioner.skipped_steps:
+            # No step, but the way in which torch's tools make an optimizer create its state.
             self.state.update(self._completed())
         self.preconditioner.release()
         return loss

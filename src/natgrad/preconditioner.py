@@ -257,7 +257,8 @@ class Preconditioner:
         for layer in self.layers:
             state = self._state(layer)
             state["step"] = state.get("step", torch.zeros(())) + 1
-            state[states.MOVED] = torch.tensor(float(layer.name in self.metric.moved))
+            if "A" in state:
+                state[states.MOVED] = torch.tensor(float(layer.name in self.metric.moved))
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
         return True
