@@ -13,7 +13,7 @@ arrive during the user's ``backward()``. So do, at the edges, the samples that t
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -152,6 +152,8 @@ class Capture:
         return output
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():  # by `model.compile()`, which takes the hooks in; the layers will be missed
+            return
         self._calls = [] if torch.is_grad_enabled() else None
         self._forward_seed = self._draw()
         if self.active:
@@ -219,7 +221,7 @@ class Capture:
         output = forward.output
         if forward.uses:
             # The user's autocast would round the products of rows to half precision.
-            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            with torch.no_grad(), _no_autocast(output.device.type):
                 for use in forward.uses:
                     rows = torch.cat([call.layer.inputs(call.x) for call in use], dim=-2)
                     moment = use[0].layer.input_moment(rows, self.sharing[use[0].owner.name])
@@ -287,7 +289,7 @@ class Capture:
         """Add the user's gradients; there is none at a call that the loss does not depend on."""
         grads = [call.g for call in use]
         if any(g is not None for g in grads):
-            with torch.no_grad(), torch.autocast(use[0].x.device.type, enabled=False):
+            with torch.no_grad(), _no_autocast(use[0].x.device.type):
                 self._add_gradients(use, grads, 1.0)
             for call in use:
                 call.g = None
@@ -349,6 +351,10 @@ class Capture:
         """The seed of this forward's draws, different for every step, micro-batch and rank."""
         draw = (self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards
         return (draw + self.world.rank * 2_654_435_761) % 2**63  # generators look at the lower 32 bits only
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _keep(
