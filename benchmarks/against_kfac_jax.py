@@ -126,7 +126,11 @@ def kfac_jax_step(model: Any, images: Any) -> tuple[Step, Callable[[], None]]:
 def race(
     steps: dict[str, Step], counts: dict[str, int], show: Callable[[str], None]
 ) -> dict[str, dict[str, list[float]]]:
-    """Let them take turns, until each has taken its number of steps: the loss before each step, its seconds, and those of the processor."""
+    """Let them take turns, until each has taken its number of steps.
+
+    Returns:
+        By contestant, step by step: the loss before it, its seconds, and those that the processor spent on it.
+    """
     record: dict[str, dict[str, list[float]]] = {name: {"loss": [], "seconds": [], "cpu": []} for name in steps}
     while pending := [name for name in steps if len(record[name]["loss"]) < counts[name]]:
         for name in pending:
