@@ -138,14 +138,15 @@ def _asdl_of(model: nn.Module, workload: Workload, period: int, fisher: str) -> 
     config = asdl.PreconditioningConfig(
         data_size=1, damping=DAMPING, ema_decay=0.05, preconditioner_upd_interval=period, curvature_upd_interval=period
     )
-    loss = "cross_entropy" if classifies(workload) else "mse"
-    maker = asdl.KfacGradientMaker(model, config, fisher_type=fisher, loss_type=loss)
+    kind = "cross_entropy" if classifies(workload) else "mse"
+    loss = nn.functional.cross_entropy if classifies(workload) else nn.functional.mse_loss  # it takes torch's own only
+    maker = asdl.KfacGradientMaker(model, config, fisher_type=fisher, loss_type=kind)
     update = sgd(model)
 
     def step(x: Tensor, y: Tensor) -> None:
         model.zero_grad()
         output = maker.setup_model_call(model, x)
-        maker.setup_loss_call(workload.loss, output, y)
+        maker.setup_loss_call(loss, output, y)
         maker.forward_and_backward()
         update()
 
@@ -315,7 +316,7 @@ def _failing_quietly(workload: Workload, period: int, name: str) -> Iterator[lis
     try:
         yield failed
     except Exception as error:  # of anybody's package, which must not end the benchmark
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        text = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
         print(f"{workload.name}, period {period}: {name}: {text}", flush=True)
         failed.append(Row(workload.name, period, name, version(name), 0.0, [], text))
 
