@@ -9,6 +9,7 @@ them. A package that is missing, or fails, is listed with what it said.
 
 import argparse
 import importlib
+import itertools
 import json
 import statistics
 import time
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import natgrad
 from natgrad.experiments.bench.workload import Workload
 from natgrad.experiments.bench.workloads import find
-from natgrad.experiments.runfolder import environment
+from natgrad.experiments.runfolder import environment, write_json
 from natgrad.experiments.table import Sheet
 
 OUT = Path(__file__).parent / "results" / "torch_kfac"
@@ -371,15 +372,13 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
         warnings.simplefilter("ignore")  # The peers' own, for what torch has deprecated since.
         names = list(dict.fromkeys([PLAIN, *arguments.peers]))
-        rows: list[Row] = []
-        for workload in (find(name)() for name in arguments.workloads):
-            for period in arguments.periods:
-                print(f"{workload.name}, period {period}", flush=True)
-                rows += measure(workload, period, names, arguments.blocks)
         arguments.out.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-        text = json.dumps(environment(arguments.threads), indent=2) + "\n"
-        (arguments.out / "environment.json").write_text(text)
+        write_json(arguments.out / "environment.json", environment(arguments.threads))
+        with file.open("w") as records:
+            for workload, period in itertools.product(arguments.workloads, arguments.periods):
+                print(f"{workload}, period {period}", flush=True)
+                for row in measure(find(workload)(), period, names, arguments.blocks):
+                    print(json.dumps(asdict(row)), file=records, flush=True)
     rows = [Row(**json.loads(line)) for line in file.read_text().splitlines()]
     text = tables(rows)
     (arguments.out / "table.md").write_text(text)
