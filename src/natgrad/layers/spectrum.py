@@ -76,8 +76,8 @@ def rotate_rows(rows: Tensor, Q: Tensor) -> Tensor:
     if Q.shape[-1] == 1:
         return rows
     # As one product for all data: broadcast over them it would be a slow one for each.
-    product: Tensor = rows.flatten(-3, -2) @ Q
-    return product.unflatten(-2, rows.shape[-3:-1])
+    product: Tensor = (rows.flatten(-3, -2) @ Q).unflatten(-2, rows.shape[-3:-1])
+    return product
 
 
 def times(rows: Tensor, P: Tensor) -> Tensor:
