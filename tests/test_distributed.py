@@ -33,7 +33,7 @@ CASES = {
     "fsdp, empirical, half": Case({"fisher": "empirical"}, wrapper="fsdp", inverses=0.5),
     "fsdp, float32": Case(dtype=torch.float32, wrapper="fsdp"),
 }
-QUICK = ["automatic, uneven", "accumulated", "ekfac", "memory, eigen", "half, uneven", "fsdp"]
+QUICK = ["accumulated", "memory, eigen", "half, uneven", "fsdp"]
 FOUR = {"hsdp": Case(wrapper="hsdp"), "hsdp, given": Case(GIVEN, wrapper="hsdp", inverses="memory")}
 
 

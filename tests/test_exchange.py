@@ -216,6 +216,7 @@ def go_on(saved: list[Any], size: int) -> list[Tensor]:
     return finished
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_ranks_is_resumed_by_two_and_by_one() -> None:
     """Of the rank that wrote it there are only its own inverses."""
     saved = ranks.run(start, 4)[0]
@@ -248,7 +249,7 @@ def leave(dies: bool) -> tuple[str, float]:
     return "nothing", 0.0
 
 
-@pytest.mark.parametrize("dies", [True, False])
+@pytest.mark.parametrize("dies", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_others_fail_within_the_timeout(dies: bool) -> None:
     for error, seconds in ranks.run(leave, 2, dies, timeout=6):
         assert error != "nothing"

@@ -44,7 +44,7 @@ class Metric:
     ) -> None:
         if inverse.names[0] == "spectrum" and not world.replicates:
             raise ValueError(
-                '`inverse="ekfac"` needs the bases on every rank, for the data there: use `inverses="comm"`, or "eigen".'
+                '`inverse="ekfac"` needs the bases on every rank, for its data: use `inverses="comm"`, or "eigen".'
             )
         self.layers, self.inverse, self.rule, self.period, self.world = layers, inverse, rule, period, world
         self.applied: dict[str, diagnostics.Applied] = {}
