@@ -14,7 +14,9 @@ from rank_cases import Case, batch, network
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # looked at by the compiler
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf"
+    ),  # looked at by the compiler
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
 ]
 COMPILED = "`torch.compile` returned"
