@@ -36,12 +36,20 @@ def test_split_is_equal_where_a_factor_is_zero(zero: tuple[bool, bool]) -> None:
 
 
 def test_automatic_is_the_ridge_of_the_evidence() -> None:
-    A, G = torch.diag(torch.tensor([90.0, 1.0, 3.0])), factors()[1]
-    a, g, product = numbers(damping.automatic(A, G, Evidence(noise_to_signal=0.5, curvature=0.2)))
-    assert a == pytest.approx(damping.RIDGE * 0.5 * 2)  # the mean of 1 and 3
+    A, G = torch.diag(torch.tensor([92.0, 1.0, 3.0])), factors()[1]
+    evidence = Evidence(noise_to_signal=0.05, curvature=0.2)
+    a, g, product = numbers(damping.automatic(A, G, evidence))
+    assert a == pytest.approx(damping.RIDGE * 0.05 * 8)  # between 2, the mean of 1 and 3, and 32, that of all
     assert (g, product) == pytest.approx((damping.STIFFNESS * 0.2, 0.0))
-    assert numbers(damping.automatic(9 * A, G, Evidence(0.5, 0.2)))[0] == pytest.approx(9 * a)  # inputs in other units
-    assert numbers(damping.automatic(A, 1e-9 * G, Evidence(0.5, 0.2))) == pytest.approx((a, g, 0.0))
+    assert numbers(damping.automatic(9 * A, G, evidence))[0] == pytest.approx(9 * a)  # inputs in other units
+    assert numbers(damping.automatic(A, 1e-9 * G, evidence)) == pytest.approx((a, g, 0.0))
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e9])
+def test_a_scaling_is_not_held_back(noise: float) -> None:
+    """A layer with one input, as a normalization's, would take steps as many times shorter as its gradient is noisy."""
+    a, g, _ = numbers(damping.automatic(torch.ones(1, 1), factors()[1], Evidence(noise, 0.2)))
+    assert (a, g) == pytest.approx((0.0, damping.STIFFNESS * 0.2))
 
 
 @pytest.mark.parametrize(("noise", "bound"), [(0.0, damping.LEAST), (1e9, damping.MOST)])

@@ -64,6 +64,12 @@ def test_other_shares_are_refused(inverses: Any) -> None:
         natgrad.KFAC(natgrad.Distributed(nn.Linear(3, 2), inverses), "mse")
 
 
+def spread_ekfac() -> str:
+    with pytest.raises(ValueError, match="needs the bases on every rank") as raised:
+        natgrad.KFAC(natgrad.Distributed(nn.Linear(3, 2), "memory"), "mse", inverse="ekfac")
+    return str(raised.value)
+
+
 def test_describe_plans_traffic() -> None:
     """A is 4 by 4 and G 2 by 2: 10 and 3 entries, and the number of rows."""
     model = nn.Sequential(nn.Linear(3, 2))
@@ -145,7 +151,7 @@ def poisoned() -> tuple[int, bool]:
 
 def all_of_it() -> dict[str, Any]:
     told: dict[str, Any] = {name: spread(inverses) for name, inverses in INVERSES.items()}
-    return {**told, "draws": draws(), "parted": parted(), "poisoned": poisoned()}
+    return {**told, "draws": draws(), "parted": parted(), "poisoned": poisoned(), "ekfac": spread_ekfac()}
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +194,11 @@ def test_a_bad_batch_on_one_rank_is_skipped_by_all(told: list[dict[str, Any]]) -
 
 # Another number of ranks goes on.
 
-ELASTIC = [Case(), Case(inverses="memory"), Case({"inverse": "eigen", "damping": 0.1}, inverses=0.5)]
+ELASTIC = [
+    Case(),
+    Case({"curvature_period": 1, "inverse_period": 1}, inverses="memory"),
+    Case({"inverse": "eigen", "damping": 0.1}, inverses=0.5),
+]
 
 
 def start() -> list[Any]:
@@ -206,6 +216,7 @@ def go_on(saved: list[Any], size: int) -> list[Tensor]:
     return finished
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_ranks_is_resumed_by_two_and_by_one() -> None:
     """Of the rank that wrote it there are only its own inverses."""
     saved = ranks.run(start, 4)[0]
@@ -238,7 +249,7 @@ def leave(dies: bool) -> tuple[str, float]:
     return "nothing", 0.0
 
 
-@pytest.mark.parametrize("dies", [True, False])
+@pytest.mark.parametrize("dies", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_others_fail_within_the_timeout(dies: bool) -> None:
     for error, seconds in ranks.run(leave, 2, dies, timeout=6):
         assert error != "nothing"

@@ -84,3 +84,21 @@ def test_ratio_is_one_without_evidence_and_bounded_with_little() -> None:
     assert noise.ratio([torch.tensor([1.0, 2.0])]) == pytest.approx(1 / noise.LEAST_SIGNAL)
     assert noise.ratio([torch.tensor([1.0, 0.0])]) == 0.0
     assert noise.ratio([torch.tensor([2.0, 1.0]), torch.tensor([4.0, 1.0])]) == pytest.approx(0.5)
+
+
+def test_rows_that_are_not_of_the_data_tell_nothing() -> None:
+    """Catches positions, the same for all data, taken for data: their gradients never agree."""
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.head = nn.Embedding(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.places(torch.arange(5)))
+
+    model = Placed()
+    preconditioner = natgrad.Preconditioner(model, "mse")
+    mse_loss(model(torch.randn(7, 5, 4)), torch.randn(7, 5, 2)).backward()
+    preconditioner.update()
+    assert set(preconditioner.batch.samples) == {"head"}

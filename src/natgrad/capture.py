@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Call, Fisher, Forward, is_there, one_position_each, shuffled, source
+from natgrad.batch import Batch, Call, Fisher, Forward, is_there, no_autocast, one_position_each, shuffled, source
 from natgrad.distributed import World
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled
@@ -182,7 +182,8 @@ class Capture:
         return output
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self.attached:
+        # `model.compile()` takes the hooks in; the layers will be missed.
+        if not self.attached or torch.compiler.is_compiling():
             return
         if self.batch.latest is not None and self.batch.latest.gradient is not None:
             self._put_aside()
@@ -261,7 +262,7 @@ class Capture:
         output = forward.output
         if forward.uses:
             # The user's autocast would round the products of rows to half precision.
-            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            with torch.no_grad(), no_autocast(output.device.type):
                 for use in forward.uses:
                     rows = torch.cat([call.layer.inputs(call.x) for call in use], dim=-2)
                     moment = use[0].layer.input_moment(rows, self.sharing[use[0].owner.name])
@@ -331,7 +332,7 @@ class Capture:
         """Add the user's gradients; there is none at a call that the loss does not depend on."""
         grads = [call.g for call in use]
         if any(g is not None for g in grads):
-            with torch.no_grad(), torch.autocast(use[0].x.device.type, enabled=False):
+            with torch.no_grad(), no_autocast(use[0].x.device.type):
                 self._add_gradients(use, grads, 1.0)
             for call in use:
                 call.g = None

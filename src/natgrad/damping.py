@@ -20,9 +20,9 @@ has
     signal   E ḡᵀ A⁻¹ ḡ − noise = τ² tr A        noise   d σ² / N
 
 so λ_A = (tr A / d) · noise / signal: nothing but the data sets it. A plateau, where gradients are tiny and yet agree,
-gets almost none; a minibatch whose gradients are mostly noise gets many times the mean of A. Inputs often have one
-direction far larger than all others, their mean; the regression is about the others, hence the mean eigenvalue without
-the largest.
+gets almost none; a minibatch whose gradients are mostly noise gets several times the mean of A. Inputs often have one
+direction far larger than all others, their mean. The regression is about the others, and as long as nobody has moved
+there, their scale is not known: it is taken between the mean eigenvalue with the largest and that without.
 
 λ_G bounds how far the outputs of a layer move, where the loss is not quadratic in them. It is the same for every layer,
 as the small G of a layer on a plateau says nothing about how far it may go. Measured in ``docs/decisions.md``.
@@ -37,9 +37,10 @@ from torch import Tensor
 
 # Of `automatic`: the ridge in units of the one derived above, λ_G in units of the network's mean curvature of an
 # output.
-RIDGE, STIFFNESS = 10.0, 0.2
-# λ_A stays between these, in units of the mean eigenvalue of A: float32 inverts no worse, and nothing moves beyond.
-LEAST, MOST = 1e-3, 1e4
+RIDGE, STIFFNESS = 30.0, 0.3
+# λ_A stays between these, in units of the mean eigenvalue of A: below, float32 inverts badly; above, A makes no
+# difference any more, and layers with little evidence would only stand still beside the others.
+LEAST, MOST = 1e-3, 5.0
 POWER_ITERATIONS = 8
 
 
@@ -100,12 +101,13 @@ def pi_split(delta: float) -> DampingRule:
 
 
 def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
-    """λ_A from noise and signal, λ_G from the curvature of the whole network."""
+    """λ_A from noise and signal, λ_G from the curvature of the whole network; a single input needs no λ_A."""
+    stiffness = STIFFNESS * evidence.curvature
     if A.shape[-2] == 1:
-        return Damping(0.0, STIFFNESS * evidence.curvature)
+        return Damping(0.0, stiffness)
     mean = mean_diagonal(A)
-    ridge = RIDGE * evidence.noise_to_signal * mean_without_largest(A)
-    return Damping(ridge.clamp(LEAST * mean, MOST * mean), STIFFNESS * evidence.curvature)
+    ridge = RIDGE * evidence.noise_to_signal * (mean * mean_without_largest(A)).sqrt()
+    return Damping(ridge.clamp(LEAST * mean, MOST * mean), stiffness)
 
 
 def resolve(damping: float | tuple[float, float] | str, inverse: str) -> DampingRule:

@@ -43,6 +43,10 @@ class Metric:
     def __init__(
         self, layers: Sequence[Layer], inverse: Inverse, rule: DampingRule, period: Period, world: World
     ) -> None:
+        if inverse.names[0] == "spectrum" and not world.replicates:
+            raise ValueError(
+                '`inverse="ekfac"` needs the bases on every rank, for its data: use `inverses="comm"`, or "eigen".'
+            )
         self.layers, self.inverse, self.rule, self.period, self.world = layers, inverse, rule, period, world
         self.applied: dict[str, diagnostics.Applied] = {}
         self.moved: set[str] = set()

@@ -37,7 +37,7 @@ from natgrad.losses import Weights
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them: at 512 the relative
 # standard error of M is near 5 %, and half as many cost more in shortened steps than they save.
-SHARE, MIN_DATA = 1 / 10, 512
+SHARE, MIN_DATA = 1 / 20, 512
 # A step is taken when the loss falls by this share of what the model predicts, and else halved up to so many times.
 SUFFICIENT, HALVINGS = 0.1, 8
 _logger = logging.getLogger("natgrad")

@@ -49,6 +49,8 @@ def squared_length(x: Tensor, g: Tensor, bias: bool, metrics: Bases) -> Tensor:
     """Σ_n tr V_nᵀ P_G V_n P_A, a scalar; arguments as above, with P_A and P_G, where a column is a diagonal."""
     x, g = extended(x, bias), at_least_float32(g)
     longer_x, longer_g = times(x, metrics[0]), times(g, metrics[1])
+    if x.shape[-2] == 1:
+        return torch.sum((x * longer_x).sum(-1) * (g * longer_g).sum(-1))
     if x.shape[-2] ** 2 <= x.shape[-1] * g.shape[-1]:
         return torch.sum((x @ longer_x.mT) * (g @ longer_g.mT))
     total = x.new_zeros(())
@@ -71,7 +73,11 @@ def chunk(x: Tensor, g: Tensor) -> int:
 
 def rotate_rows(rows: Tensor, Q: Tensor) -> Tensor:
     """Rows ([B,] N, S, d) times Q."""
-    return rows if Q.shape[-1] == 1 else rows @ Q.unsqueeze(-3)
+    if Q.shape[-1] == 1:
+        return rows
+    # As one product for all data: broadcast over them it would be a slow one for each.
+    product: Tensor = (rows.flatten(-3, -2) @ Q).unflatten(-2, rows.shape[-3:-1])
+    return product
 
 
 def times(rows: Tensor, P: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from natgrad.experiments.bench import models, protocol
 from natgrad.experiments.bench.records import Folder
 from natgrad.experiments.bench.workloads import language
 
-SMALL = ["--workloads", "linear", "--contestants", "adamw, kfac", "--seconds", "0.03"]
+SMALL = ["--workloads", "linear", "--contestants", "adamw, kfac", "--scale", "0.001"]
 
 
 @pytest.fixture(autouse=True)

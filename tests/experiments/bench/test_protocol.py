@@ -13,6 +13,9 @@ from natgrad.experiments.bench.protocol import Plan, best, run, tune
 from natgrad.experiments.bench.records import Folder, Key
 from natgrad.experiments.bench.report import report
 from natgrad.experiments.bench.spaces import Choice
+from natgrad.experiments.bench.workload import Workload
+from natgrad.experiments.bench.workloads import WORKLOADS
+from natgrad.experiments.download import DownloadError
 from natgrad.experiments.settings import SettingsError
 
 NAMES = ("slow", "fast", "adamw")
@@ -108,8 +111,8 @@ def test_unequal_tuning_is_refused(tmp_path: Path, plan: Plan, console: Console)
 
 def test_another_time_limit_is_refused(tmp_path: Path, console: Console) -> None:
     run(Plan(("line",), ("slow",)), Folder(tmp_path), 1, ("defaults",), console)
-    with pytest.raises(SettingsError, match=r"had 30 seconds, and these would have 12: give the same --seconds"):
-        run(Plan(("line",), ("fast",), seconds=12.0), Folder(tmp_path), 1, ("defaults",), console)
+    with pytest.raises(SettingsError, match=r"had 30 seconds, and these would have 12: give the same --scale"):
+        run(Plan(("line",), ("fast",), scale=0.4), Folder(tmp_path), 1, ("defaults",), console)
 
 
 def test_names_that_do_not_exist_are_refused_before_anything_runs(tmp_path: Path, console: Console) -> None:
@@ -140,3 +143,28 @@ def test_the_report_tells_targets_ratios_and_misses(
     assert "| line ≤ " in tuned
     for name in ("profile.png", "curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_data_are_told_before_anything_runs(
+    tmp_path: Path, plan: Plan, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking() -> Workload:
+        raise DownloadError("no network")
+
+    monkeypatch.setitem(WORKLOADS, "other", lacking)
+    with pytest.raises(DownloadError):
+        tune(plan, Folder(tmp_path), 1, console)
+    assert not Folder(tmp_path).records
+
+
+def test_two_sessions_share_the_file_of_memory(
+    tmp_path: Path, plan: Plan, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(workload: str, contestant: str, threads: int) -> float:
+        """While another session writes what it has measured."""
+        (tmp_path / memory.MEMORY).write_text(json.dumps({"theirs": {"slow": 1.0}}))
+        return 2.0
+
+    monkeypatch.setattr(protocol, "measure", measure)
+    protocol.measure_memory(Plan(("line",), ("slow",)), tmp_path, 1, console)
+    assert memory.read_memory(tmp_path) == {"theirs": {"slow": 1.0}, "line": {"slow": 2.0}}

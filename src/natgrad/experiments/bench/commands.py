@@ -28,7 +28,7 @@ Workloads = Annotated[
 Contestants = Annotated[
     str | None, typer.Option(callback=split, help=f"Comma-separated, of: {', '.join(CONTESTANTS)}. (default: all)")
 ]
-Seconds = Annotated[float | None, typer.Option(help="Training time of a run. (default: each workload's own)")]
+Scale = Annotated[float, typer.Option(min=1e-4, help="Multiplies the training time of every workload's runs.")]
 Steps = Annotated[int, typer.Option(min=1, help="To measure of each, after the first few.")]
 Threads = Annotated[int, typer.Option(min=1, help="Of torch, for all.")]
 Out = Annotated[Path, typer.Option(help="Folder for the records.")]
@@ -40,14 +40,14 @@ def tune(
     workloads: Workloads = None,
     contestants: Contestants = None,
     trials: Annotated[int, typer.Option(min=1, help="For each contestant on each workload.")] = 10,
-    seconds: Seconds = None,
+    scale: Scale = 1.0,
     threads: Threads = 1,
     out: Out = OUT,
 ) -> None:
     """Try settings of every contestant, a third of a run's time for each trial."""
 
     def tune_all() -> None:
-        plan = protocol.Plan(workloads or DEFAULT, contestants or tuple(CONTESTANTS), seconds)
+        plan = protocol.Plan(workloads or DEFAULT, contestants or tuple(CONTESTANTS), scale)
         protocol.tune(plan, Folder(out), trials, Console())
 
     _attempt(threads, tune_all)
@@ -58,7 +58,7 @@ def run(
     workloads: Workloads = None,
     contestants: Contestants = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of them.")] = 3,
-    seconds: Seconds = None,
+    scale: Scale = 1.0,
     threads: Threads = 1,
     track: Annotated[str | None, typer.Option(help="defaults or tuned. (default: both where there was tuning)")] = None,
     out: Out = OUT,
@@ -66,7 +66,7 @@ def run(
     """Run every contestant on every workload, with its defaults and with its best settings."""
 
     def run_and_report() -> None:
-        plan = protocol.Plan(workloads or DEFAULT, contestants or tuple(CONTESTANTS), seconds)
+        plan = protocol.Plan(workloads or DEFAULT, contestants or tuple(CONTESTANTS), scale)
         folder, console = Folder(out), Console()
         was_tuned = any(key.stage == "tune" for key in folder.records)
         tracks = (track,) if track else protocol.TRACKS if was_tuned else ("defaults",)

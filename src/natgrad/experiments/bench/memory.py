@@ -6,6 +6,7 @@ prints the bytes by which the peak of a dozen steps exceeds what the process hel
 activations, state of the optimizer, workspace. A dozen, as the rivals' preconditioners are computed every tenth step.
 """
 
+import json
 import math
 import os
 import subprocess
@@ -22,6 +23,12 @@ def measure(workload: str, contestant: str, threads: int) -> float | None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return float(done.stdout) if done.returncode == 0 else None
+
+
+def read_memory(path: Path) -> dict[str, dict[str, float | None]]:
+    """What was written down in a folder: workload → contestant → bytes."""
+    file = path / MEMORY
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def resident(field: str) -> int:

@@ -8,9 +8,9 @@
 Those that share stage, workload and number race each other. What is already in the folder is not run again.
 """
 
-import json
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from natgrad.experiments.bench import workloads
 from natgrad.experiments.bench.contestants import find
-from natgrad.experiments.bench.memory import MEMORY, measure
+from natgrad.experiments.bench.memory import MEMORY, measure, read_memory
 from natgrad.experiments.bench.records import Folder, Key
 from natgrad.experiments.bench.spaces import trials
 from natgrad.experiments.bench.trial import Outcome, Trial, race
@@ -40,12 +40,12 @@ class Plan:
     Attributes:
         workloads: Their names.
         contestants: Their names.
-        seconds: Of a run, on every workload; None for each workload's own.
+        scale: Of each workload's own training time.
     """
 
     workloads: Sequence[str]
     contestants: Sequence[str]
-    seconds: float | None = None
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in self.workloads:
@@ -56,7 +56,7 @@ class Plan:
     def load(self, name: str) -> Workload:
         """A workload, with the time limit that was asked for."""
         workload = workloads.find(name)()
-        return workload if self.seconds is None else replace(workload, seconds=self.seconds)
+        return replace(workload, seconds=self.scale * workload.seconds)
 
 
 def tune(plan: Plan, folder: Folder, count: int, console: Console) -> None:
@@ -85,14 +85,13 @@ def run(plan: Plan, folder: Folder, seeds: int, tracks: Sequence[str], console: 
 
 def measure_memory(plan: Plan, path: Path, threads: int, console: Console) -> None:
     """Measure the peak memory of those that have none yet, one process at a time, and write it down."""
-    measured = json.loads((path / MEMORY).read_text()) if (path / MEMORY).exists() else {}
-    for workload in plan.workloads:
-        for contestant in plan.contestants:
-            own = measured.setdefault(workload, {})
-            if contestant not in own:
-                console.print(f"{workload}, memory: {contestant}", highlight=False)
-                own[contestant] = measure(workload, contestant, threads)
-                write_json(path / MEMORY, measured)
+    for workload, contestant in itertools.product(plan.workloads, plan.contestants):
+        if contestant not in read_memory(path).get(workload, {}):
+            console.print(f"{workload}, memory: {contestant}", highlight=False)
+            peak = measure(workload, contestant, threads)
+            measured = read_memory(path)  # anew: a session with other workloads may write here too
+            measured.setdefault(workload, {})[contestant] = peak
+            write_json(path / MEMORY, measured)
 
 
 def best(folder: Folder, workload: str, contestants: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -115,15 +114,19 @@ def best(folder: Folder, workload: str, contestants: Sequence[str]) -> dict[str,
     return {c: min(outcomes, key=lambda outcome: outcome.best).settings for c, outcomes in tried.items()}
 
 
-def _loaded(plan: Plan) -> Iterator[Workload]:
-    """The workloads, once every contestant has done what it does only once in a process."""
+def _loaded(plan: Plan) -> list[Workload]:
+    """The workloads, all of them before any runs, as one may lack its data.
+
+    Every contestant has then done what it does only once in a process.
+    """
+    loaded = list(map(plan.load, plan.workloads))
     # Two steps of something tiny: torch imports some of its modules at their first use, which is not training.
     tiny = linear("", 0.0, dimension=4, depth=3, batch=8)
     for name in plan.contestants:
         trial = Trial(find(name), {}, tiny, seed=0, seconds=math.inf)
         trial.step()
         trial.step()
-    yield from map(plan.load, plan.workloads)
+    return loaded
 
 
 def _race(
@@ -137,7 +140,9 @@ def _race(
     if not missing:
         return
     seed = TUNING_SEED if stage == "tune" else index
-    console.print(f"{workload.name}, {stage} {index}: {', '.join(missing)}, {limit:g} s each", highlight=False)
+    console.print(
+        f"{workload.name}, {stage} {index}: {', '.join(missing)}, {limit:g} s each", highlight=False, soft_wrap=True
+    )
     running = [Trial(find(name), settings[name], workload, seed, limit) for name in missing]
     race(running)
     folder.add(limit, [(keys[trial.outcome.contestant], trial.outcome) for trial in running])

@@ -107,7 +107,7 @@ class Folder:
             if (record.key.stage, record.key.workload) == (stage, workload) and record.limit != limit:
                 raise SettingsError(
                     f"{self.path} holds trials of {workload} that had {record.limit:g} seconds, and these would have "
-                    f"{limit:g}: give the same --seconds, or another --out"
+                    f"{limit:g}: give the same --scale, or another --out"
                 )
 
     def _open_session(self) -> int:

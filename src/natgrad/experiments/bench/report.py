@@ -4,7 +4,6 @@ The tuned track shows natgrad with its defaults as well, beside the rivals' best
 the former.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from natgrad.experiments.bench.contestants import CONTESTANTS
-from natgrad.experiments.bench.memory import MEMORY
+from natgrad.experiments.bench.memory import read_memory
 from natgrad.experiments.bench.records import Folder
 from natgrad.experiments.bench.results import REFERENCE, Result, Spread, profile, results, runs, target
 from natgrad.experiments.bench.spaces import DECAY
@@ -43,12 +42,6 @@ def report(folder: Folder, console: Console) -> None:
         _draw_profiles({track: times(found, track) for track, found in tracks.items()}, folder.path / "profile.png")
         _draw_curves(folder, tracks, folder.path / "curves.png")
     console.print(f"Tables and plots are in {folder.path}", highlight=False, soft_wrap=True)
-
-
-def read_memory(path: Path) -> dict[str, dict[str, float | None]]:
-    """Bytes of peak memory, workload → contestant."""
-    file = path / MEMORY
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def shown(folder: Folder, track: str) -> list[Result]:

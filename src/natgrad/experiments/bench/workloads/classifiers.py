@@ -46,7 +46,7 @@ def _classifier(
     train, test = slice(0, images), slice(IMAGES, IMAGES + images)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        logits = torch.cat([model(x) for x in every[test].split(2_000)])
+        logits = torch.cat([model(x) for x in every[test].split(BATCH)])
         return {
             "loss": functional.cross_entropy(logits, labels[test]).item(),
             "accuracy": _accuracy(logits, labels[test]),

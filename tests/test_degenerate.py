@@ -1,0 +1,83 @@
+"""Data and networks without information in some or all directions: finite parameters, and a warning at most."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import natgrad
+
+pytestmark = pytest.mark.filterwarnings("ignore:natgrad. a factor:RuntimeWarning")
+STEPS = 12
+Make = Callable[[], tuple[nn.Module, Tensor, Tensor]]
+
+
+def mlp(width: int = 8) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
+
+
+def labels(n: int) -> Tensor:
+    return torch.arange(n) % 3
+
+
+def dead() -> nn.Sequential:
+    """All units of the first layer are dead; nothing but the biases behind them can learn."""
+    model = mlp()
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    return model
+
+
+def convolutional() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+
+
+CASES: dict[str, Make] = {
+    "a batch of one": lambda: (mlp(), torch.randn(1, 6), labels(1)),
+    "fewer data than dimensions": lambda: (mlp(64), torch.randn(4, 6), labels(4)),
+    "the same datum many times": lambda: (mlp(), torch.randn(1, 6).repeat(32, 1), labels(1).repeat(32)),
+    "one datum with contradicting labels": lambda: (mlp(), torch.randn(1, 6).repeat(33, 1), labels(33)),
+    "constant inputs": lambda: (mlp(), torch.full((32, 6), 0.5), labels(32)),
+    "inputs of zeros": lambda: (mlp(), torch.zeros(32, 6), labels(32)),
+    "two inputs that are one": lambda: (mlp(), torch.randn(32, 1).expand(32, 6), labels(32)),
+    "dead units": lambda: (dead(), torch.randn(32, 6), labels(32)),
+    "a saturated softmax": lambda: (nn.Sequential(nn.Linear(6, 3)), 1e4 * torch.randn(32, 6), labels(32)),
+    "labels all alike": lambda: (mlp(), torch.randn(32, 6), torch.zeros(32, dtype=torch.long)),
+    "huge inputs": lambda: (mlp(), 1e6 * torch.randn(32, 6), labels(32)),
+    "tiny inputs": lambda: (mlp(), 1e-6 * torch.randn(32, 6), labels(32)),
+    "a constant channel": lambda: (convolutional(), torch.zeros(8, 2, 4, 4), labels(8)),
+}
+
+
+def train(make: Make, **options: Any) -> tuple[nn.Module, list[float]]:
+    torch.manual_seed(0)
+    model, x, y = make()
+    optimizer, losses = natgrad.KFAC(model, "cross_entropy", **options), []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("inverse", ["cholesky", "eigen", "ekfac"])
+def test_defaults_stay_finite_and_do_not_climb(name: str, inverse: str) -> None:
+    """Catches 0/0 in evidence or scales, a ridge that vanishes with A, and steps where there is no curvature."""
+    model, losses = train(CASES[name], inverse=inverse)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert losses[-1] <= losses[0] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("inverse", ["cholesky", "eigen", "ekfac"])
+def test_without_damping_parameters_stay_finite(name: str, inverse: str) -> None:
+    """Singular factors are factored with more on their diagonal, or their null directions left out, and said so."""
+    model, losses = train(CASES[name], inverse=inverse, damping=0.0)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert losses[-1] <= losses[0] * (1 + 1e-5)
