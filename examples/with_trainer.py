@@ -18,15 +18,14 @@ import natgrad
 LENGTH, TOKENS = 16, 12
 
 
-class Sums(Dataset[dict[str, Tensor]]):
-    """Sequences in which each token is the sum of the two before it, modulo their number."""
+class Steps(Dataset[dict[str, Tensor]]):
+    """Sequences that go round in steps of one, with a random start, and in steps of two after a random place."""
 
     def __init__(self, count: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        tokens = [torch.randint(TOKENS, (count,), generator=generator) for _ in range(2)]
-        while len(tokens) < LENGTH:
-            tokens.append((tokens[-1] + tokens[-2]) % TOKENS)
-        self.sequences = torch.stack(tokens, 1)
+        start, place = (torch.randint(n, (count, 1), generator=generator) for n in (TOKENS, LENGTH))
+        at = torch.arange(LENGTH)
+        self.sequences = (start + at + (at - place).clamp(min=0)) % TOKENS
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -56,7 +55,16 @@ def main(folder: str) -> float:
     """Mean loss of the last steps."""
     torch.manual_seed(0)
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=TOKENS, n_positions=LENGTH, n_embd=32, n_layer=1, n_head=2, **dropout)
+    config = GPT2Config(
+        vocab_size=TOKENS,
+        bos_token_id=None,
+        eos_token_id=None,
+        n_positions=LENGTH,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        **dropout,
+    )
     model = GPT2LMHeadModel(config)
     optimizer = natgrad.KFAC(model, loss="cross_entropy", output=predictions)
     arguments = TrainingArguments(
@@ -71,7 +79,7 @@ def main(folder: str) -> float:
         disable_tqdm=True,
         use_cpu=True,
     )
-    data, callback = Sums(2000, seed=0), Diagnostics(optimizer, folder)
+    data, callback = Steps(2000, seed=0), Diagnostics(optimizer, folder)
     trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None), callbacks=[callback])
     trainer.train()
     return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
