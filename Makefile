@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Threads that spin while they wait make small factorizations many times slower as soon as another process is busy.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint types test-slow plant-bugs bench clean
+.PHONY: demo test lint types test-slow test-frameworks plant-bugs bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,11 @@ types: $(READY)
 ## Checks that take minutes, on the experiment at full size.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+## The examples for Lightning, Hugging Face's Trainer and Accelerate, with what they need.
+test-frameworks: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,frameworks]'
+	$(BIN)/python -m pytest -q -m frameworks
 
 ## Typical bugs, planted one at a time in a copy of the package: a test must find each.
 plant-bugs: $(READY)

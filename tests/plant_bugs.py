@@ -25,6 +25,7 @@ class Bug:
 
 LINEAR, KINDS, LOSSES = "test_linear_exactness.py", "test_layers_exactness.py", "test_losses.py"
 EKFAC, TOLD, MULTIPLIER, NOISE = "test_ekfac.py", "test_diagnostics.py", "test_multiplier.py", "test_noise.py"
+RESUME, GROUPS, COPIES = "test_resume.py", "test_groups.py", "test_copies.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return (1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
     "loss reduced by mean treated as a sum": Bug("likelihoods.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
@@ -48,7 +49,7 @@ BUGS = {
     "only the last call of a module": Bug("capture.py", "        self._calls.append(call)", "        self._calls = [c for c in self._calls if c.layer is not layer] + [call]", f"{LINEAR} {KINDS}"),
     "only the last micro-batch": Bug("factors.py", "self.G[part] += total * weight", "self.G[part] = total * weight", LINEAR),
     "samples not averaged": Bug("capture.py", "1.0 / self.mc_samples", "1.0", LINEAR),
-    "all positions switched on together": Bug("capture.py", "    if positions == 1:\n", "    if True:\n", LOSSES),
+    "all positions switched on together": Bug("batch.py", "    if positions == 1:\n", "    if True:\n", LOSSES),
     "ignored targets counted": Bug("losses.py", "kept = target != ignore_index", "kept = torch.ones_like(target, dtype=torch.bool)", LOSSES),
     "class weights ignored": Bug("losses.py", "curvature = ((1 - smoothing) * own + smoothing * weight.mean()) * kept", "curvature = (1.0 + 0 * own) * kept", LOSSES),
     "positive weights on the negatives": Bug("losses.py", "1 + (module.pos_weight - 1) * target", "1 + (module.pos_weight - 1) * (1 - target)", LOSSES),
@@ -86,6 +87,18 @@ BUGS = {
     "soft targets taken for labels": Bug("multiplier.py", "variety > max(VARIETY, EVIDENCE * (1 - low / top))", "True", MULTIPLIER),
     "a step too long left as it is": Bug("multiplier.py", "        return factor <= 1\n", "        return True\n", f"{MULTIPLIER} test_robustness.py"),
     "a module's multiplier overlooked": Bug("capture.py", "value.register_hook(forward.add_multiplier)", "pass", MULTIPLIER),
+    "inverses that waited computed anew": Bug("metric.py", "if state.get(MOVED, True)", "if True", RESUME),
+    "factors cast to the parameter's dtype": Bug("optimizer.py", 'if group["fallback"] else arrived[p]', "if True else arrived[p]", "test_optimizer_contracts.py"),
+    "state that only training creates": Bug("state.py", '*(["noise"] if sampling else [])', "", RESUME),
+    "multipliers of the network left with a layer": Bug("state.py", "        state[after[0].parameters[0]].update(shared)\n", "", GROUPS),
+    "overflowing batches kept": Bug("capture.py", "            self._earlier = None\n", "            pass\n", "test_mixed_precision.py"),
+    "accumulated batches dropped": Bug("capture.py", "and not any(_is_there(p.grad) for p in self.parameters)", "", "test_mixed_precision.py"),
+    "rates of groups ignored": Bug("groups.py", "rate / top if top else 1.0", "1.0", GROUPS),
+    "clipped by the largest rate": Bug("clipping.py", " * rates[p] ** 2", "", GROUPS),
+    "hooks that outlive their optimizer": Bug("preconditioner.py", "        weakref.finalize(self, self.capture.close).atexit = False\n", "", COPIES),
+    "a copied model gathers": Bug("capture.py", '{"attached": False, "_calls": None}', 'dict(self.__dict__)', COPIES),
+    "a checksum that is not looked at": Bug("checkpoint.py", "!= _digest(file, length)", "is None", "test_checkpoint.py"),
+    "half a record left": Bug("experiments/runfolder.py", "                file.truncate(length)\n", "", "experiments/test_runfolder_faults.py"),
 }  # fmt: skip
 
 

@@ -205,7 +205,10 @@ def test_the_state_of_another_model_is_refused_whole(other: nn.Module, text: str
 @every_mode
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_priming_step_changes_nothing(mode: dict[str, Any], steps: int) -> None:
-    """Checkpoint tools step with zero gradients and no forward pass; a period that began then would find no factors."""
+    """Checkpoint tools step with zero gradients and no forward pass; a period that began then would find no factors.
+
+    A fresh optimizer creates its state, of which nothing is known.
+    """
     plain, primed = (natgrad.KFAC(network(), "mse", curvature_period=3, weight_decay=0.1, **mode) for _ in range(2))
     for optimizer in (plain, primed):
         train(optimizer, *range(steps))
@@ -213,7 +216,10 @@ def test_a_priming_step_changes_nothing(mode: dict[str, Any], steps: int) -> Non
     for parameter in primed.preconditioner.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     primed.step()
-    assert_same(values(primed), before)
+    after = values(primed)
+    assert_same({name: after[name] for name in before}, before)
+    assert primed.preconditioner.steps == steps
+    assert primed.preconditioner.factors().keys() == plain.preconditioner.factors().keys()
     train(plain, 7, 8)
     train(primed, 7, 8)
     assert_same(values(primed), values(plain))

@@ -55,7 +55,7 @@ class Training:
 
     def values(self) -> dict[str, Tensor]:
         """Everything that a step may change, copied."""
-        state = {f"{n}.{k}": t for n, s in self.preconditioner.state_dict()["layers"].items() for k, t in s.items()}
+        state = {f"{n}.{k}": t for n, s in self.preconditioner.states().items() for k, t in s.items()}
         return {n: t.detach().clone() for n, t in {**self.model.state_dict(), **state}.items()}
 
 

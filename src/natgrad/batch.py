@@ -4,12 +4,14 @@
 make A and G in units of the loss.
 """
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from natgrad.factors import Factors, Statistics, join
@@ -18,6 +20,8 @@ from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
 
 Fisher = Literal["mc", "exact", "empirical", "forward"]
+# So many data tell the noise of the gradients to a few percent.
+SAMPLE = 512
 
 
 @dataclass
@@ -87,7 +91,8 @@ class Forward:
         uses: The calls of the layers, together where their rows are positions of the same rows; none if not due.
         weights: What the targets imply, where a loss module was watched.
         seen: The model's own output, where the loss module got a rearranged one.
-        returned: What the model returned, if a function of the user's made ``output`` from that tensor.
+        returned: The tensor that the model returned and a function of the user's made ``output`` from.
+        key: Of that tensor, where the model returned several things.
         gradient: Of the user's loss with respect to ``returned`` or else ``output``, once it has arrived.
         seed: Of the order in which data are chosen, see :func:`shuffled`.
         multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
@@ -100,6 +105,7 @@ class Forward:
     weights: Weights | None = None
     seen: Tensor | None = None
     returned: Tensor | None = None
+    key: Any = None
     gradient: Tensor | None = None
     seed: int = 0
     multiplier: Tensor | None = None
@@ -173,6 +179,21 @@ class Batch:
     scaler: float = 1.0
     part: float = 1.0
 
+    def follow(self, earlier: "Batch") -> None:
+        """Add what was gathered before."""
+        for key, sums in earlier.statistics.items():
+            if key in self.statistics:
+                sums.add(self.statistics[key])
+            self.statistics[key] = sums
+        for name, total in earlier.spectra.items():
+            self.spectra[name] = total + self.spectra[name] if name in self.spectra else total
+        for name, samples in earlier.samples.items():
+            self.samples[name] = samples + self.samples.get(name, [])
+        self.forwards += earlier.forwards
+        self.data += earlier.data
+        self.terms += earlier.terms
+        self.latest = self.latest or earlier.latest
+
     def tensors(self) -> Iterator[Tensor]:
         """All sums, for a look at whether they are finite."""
         yield from (tensor for statistics in self.statistics.values() for tensor in statistics.tensors())
@@ -181,6 +202,56 @@ class Batch:
     def rows(self, name: str) -> int:
         """Number of rows in A of the layer called ``name``."""
         return sum(s.rows for (owner, _), s in self.statistics.items() if owner == name)
+
+    def sample(self, use: list[Call], ranks: int) -> None:
+        """Note the gradients that the user's backward pass brings to some of the data; our own passes must be over."""
+        first = use[0]
+        if not first.owner.per_datum or first.owner.swaps(first.layer) or first.blocks != slice(None):
+            return
+        data = len(first.x)
+        every = max(1, round(data * ranks / SAMPLE))
+        sample = Sample(
+            first.layer, [c.x[::every].clone() for c in use], [None] * len(use), round(data * first.upscale)
+        )
+        self.samples.setdefault(first.owner.name, []).append(sample)
+        for number, call in enumerate(use):
+            # Nothing that leads to the graph may be kept by a hook on the graph: neither would ever be freed.
+            keep = partial(_keep, sample, number, call.edge.output_nr, call.layer.data_dim, call.data, every)
+            call.edge.node.register_prehook(keep)
+
+    def check(
+        self,
+        layers: Sequence[Layer],
+        states: Mapping[str, Mapping[str, Any]],
+        step: int,
+        gradient: Callable[[nn.Parameter], Tensor | None],
+    ) -> None:
+        """A gradient without factors means that the hooks missed the layer, if they watched and it is not zero.
+
+        Args:
+            layers: Those that are preconditioned.
+            states: What is kept of each, by name.
+            step: Number of steps taken.
+            gradient: Of each parameter.
+
+        Raises:
+            RuntimeError: for such a layer.
+        """
+        if step and not self.statistics:
+            return  # the layer is used for the first time between two updates of the curvature
+        captured = {name for name, _ in self.statistics}
+        for layer in layers:
+            gradients = [g for p in layer.parameters if (g := gradient(p)) is not None]
+            seen = layer.name in captured or "A" in states[layer.name]
+            if not seen and any(g.any() for g in gradients):
+                raise RuntimeError(
+                    f"layer {layer.name!r} has a gradient but natgrad saw no data pass through it. Call the model that "
+                    "was given to natgrad itself, not its parts, with gradients enabled. Of a compiled model give it "
+                    "what `torch.compile` returned (not `model.compile()`), before the first call. Checkpoint "
+                    "activations with `use_reentrant=False`."
+                )
+            if not seen and not gradients and step == 0:
+                warnings.warn(f"natgrad: layer {layer.name!r} received no data and no gradient.", stacklevel=4)
 
     def scale(self) -> float:
         """What turns sums of outer products into the curvature of the loss."""
@@ -223,6 +294,33 @@ class Batch:
         return one if layer.blocks is None else one.expand(layer.blocks, *one.shape).clone()
 
 
+def _keep(
+    sample: Sample,
+    number: int,
+    output: int,
+    dim: int,
+    data: slice | Tensor,
+    every: int,
+    gradients: tuple[Tensor | None, ...],
+) -> None:
+    g = gradients[output]
+    if g is not None:
+        leading = (slice(None),) * dim
+        sample.gs[number] = g.detach()[(*leading, data)][(*leading, slice(None, None, every))].clone()
+
+
+def source(raw: Any, output: Tensor) -> Any:
+    """The key of the tensor that ``output`` was made from, in what a model returned; None if it is one of its tensors.
+
+    Where the model computes its own loss, the gradient arrives at that tensor, and not at what is made of it for us.
+    """
+    parts = raw.items() if isinstance(raw, Mapping) else enumerate(raw) if isinstance(raw, tuple | list) else ()
+    tensors = {key: part for key, part in parts if isinstance(part, Tensor) and part.requires_grad and part.ndim}
+    if len(tensors) != 1 or any(part is output for part in tensors.values()):
+        return None
+    return next(iter(tensors))
+
+
 def shuffled(data: int, seed: int) -> Tensor:
     """The order in which data are chosen: from its start for the factors, from its end for the quadratic model."""
     return torch.randperm(data, generator=torch.Generator().manual_seed(seed))
@@ -232,3 +330,24 @@ def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every entry is finite, with a single synchronization."""
     largest = torch._foreach_norm([t for t in tensors if t.numel()], torch.inf)
     return bool(torch.stack([value.isfinite() for value in largest]).all())
+
+
+def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:
+    """A vector with one entry on in each row, split where the loss got several rows a datum, positions flattened.
+
+    The positions of a datum may interact, and their vectors would mix if they were switched on together.
+    """
+    positions = column.shape[0] // data if column.shape[0] % data == 0 else 1
+    if positions == 1:
+        yield column
+        return
+    rows = column.unflatten(0, (data, positions))
+    for position in range(positions):
+        only = torch.zeros_like(rows)
+        only[:, position] = rows[:, position]
+        yield only.flatten(0, 1)
+
+
+def is_there(gradient: Tensor | None) -> bool:
+    """Whether there is a gradient; of one that is spread over processes, only whether there is a tensor."""
+    return gradient is not None and (type(gradient) is not Tensor or bool(gradient.any()))

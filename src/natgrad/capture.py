@@ -20,8 +20,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Call, Fisher, Forward, Sample, shuffled
+from natgrad.batch import Batch, Call, Fisher, Forward, is_there, one_position_each, shuffled, source
 from natgrad.distributed import World
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled
@@ -31,8 +32,6 @@ from natgrad.losses import Loss, Weights
 # With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time, and those of a whole batch even
 # some generalization (`docs/decisions.md`).
 MIN_ROWS = 512
-# So many data tell the noise of the gradients to a few percent.
-SAMPLE = 512
 
 
 def check_fisher(fisher: str, likelihood: Likelihood | None) -> None:
@@ -50,16 +49,20 @@ class Capture:
     """Hooks on ``model`` that fill a :class:`Batch`.
 
     While ``enabled`` is False the forwards are counted, and no statistics are gathered. Where ``bases`` knows a basis
-    for a layer, the squares of the data's gradients in it are gathered as well.
+    for a layer, the squares of the data's gradients in it are gathered as well. Where no gradient of ``parameters`` is
+    left, as after an overflow that a gradient scaler saw, the statistics that came with it are thrown away, too.
+
+    A model that is copied or pickled takes its hooks along, and they stay idle there: ``settings`` and ``attach`` make
+    them work for whoever was copied with it.
 
     Args:
         model: The root module, or what it was compiled to; its forward must be what the user calls.
-        layers: The layers to watch.
+        layers: All layers; ``watch`` chooses.
         loss: What to backpropagate, for the Fishers that need it.
         fisher: Which curvature.
         mc_samples: Vectors drawn per forward for ``fisher="mc"``.
         batch_fraction: Share of the data whose rows enter the factors, or ``"auto"``.
-        sharing: Weight sharing, by layer name.
+        sharing: Weight sharing, by name of each layer to watch.
         output: From the model's return value to the tensor that the loss sees.
         seed: With the number of the step it seeds every draw, so that a resumed run repeats them.
         sampling: Whether the user's own gradients of some data are kept as well.
@@ -82,32 +85,60 @@ class Capture:
         world: World | None = None,
     ) -> None:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
-        self.batch_fraction, self.sharing, self.output, self.seed = batch_fraction, sharing, output, seed
+        self.batch_fraction, self.output, self.seed = batch_fraction, output, seed
         self.sampling, self.world = sampling, world or World()
-        self.enabled = True
+        self.attached = self.enabled = True
         self.step = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
+        self.parameters: list[nn.Parameter] = []
         self.batch = Batch(loss, fisher)
+        self._earlier: Batch | None = None  # of forwards whose backward pass is over
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
         self._waiting: Forward | None = None  # for the loss module to be called
         self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
         self._forward_seed = 0
         self._uncompiled = ExitStack()
-        self._handles = [handle for layer in layers for handle in layer.watch(self)]
+        self._model, self._handles = model, list[RemovableHandle]()
+        self.watch(layers, sharing)
+
+    def watch(self, layers: list[Layer], sharing: dict[str, Sharing]) -> None:
+        """Watch those of ``layers`` that ``sharing`` names, and no others."""
+        self.sharing = sharing
+        self.close()
+        self.attached = True
+        # Of the layers of one module, one may report for all.
+        modules = {id(layer.module) for layer in layers if layer.name in sharing}
+        self._handles = [h for layer in layers if id(layer.module) in modules for h in layer.watch(self)]
         self._handles += [
-            model.register_forward_pre_hook(self._before_model),
-            model.register_forward_hook(self._after_model, with_kwargs=True),
-            model.register_forward_hook(lambda *_: self._uncompiled.close(), always_call=True),
+            self._model.register_forward_pre_hook(self._before_model),
+            self._model.register_forward_hook(self._after_model, with_kwargs=True),
+            self._model.register_forward_hook(self._compile_again, always_call=True),
         ]
-        if loss.module is not None:
-            self._handles.append(loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
-        if isinstance(loss.function, nn.Module):
-            self._handles.append(loss.function.register_forward_hook(self._watch_value, with_kwargs=True))
+        if self.loss.module is not None:
+            self._handles.append(self.loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
+        if isinstance(self.loss.function, nn.Module):
+            self._handles.append(self.loss.function.register_forward_hook(self._watch_value, with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks off the model."""
+        self.attached = False
         for handle in self._handles:
             handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: in a model copied alone the hooks are nobody's."""
+        return {"attached": False, "_calls": None}
+
+    def settings(self) -> dict[str, Any]:
+        """For ``attach``: everything but what was captured."""
+        captured = ("batch", "bases", "_earlier", "_calls", "_waiting", "_open", "_uncompiled")
+        return {name: value for name, value in self.__dict__.items() if name not in captured}
+
+    def attach(self, settings: dict[str, Any]) -> None:
+        """Let the hooks of a copied model work for its owner's copy."""
+        self.__dict__.update(settings)
+        self.bases, self._calls, self._waiting, self._uncompiled = None, None, None, ExitStack()
+        self.drop()
 
     @property
     def active(self) -> bool:
@@ -128,10 +159,9 @@ class Capture:
                 f"the loss module given to natgrad, {self.loss.module!r}, was not called with the model's output: call "
                 "that very module in the training loop, as natgrad learns from it which targets count and how much."
             )
-        for use in self._open:
-            self._finish(use)
-        self._open = []
-        batch, self.batch = self.batch, Batch(self.loss, self.fisher)
+        self._put_aside()
+        batch, self._earlier = self._earlier, None
+        assert batch is not None
         return batch
 
     def select(self, raw: Any) -> Tensor:
@@ -154,14 +184,23 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():  # by `model.compile()`, which takes the hooks in; the layers will be missed
             return
+        if not self.attached:
+            return
+        if self.batch.latest is not None and self.batch.latest.gradient is not None:
+            self._put_aside()
+        self._drop_what_lost_its_gradient()
         self._calls = [] if torch.is_grad_enabled() else None
         self._forward_seed = self._draw()
         if self.active:
             self._uncompiled.enter_context(uncompiled(module))
 
+    def _compile_again(self, *_: Any) -> None:
+        if self.attached:
+            self._uncompiled.close()
+
     def record(self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
-        if self._calls is None or not z.requires_grad:
+        if self._calls is None or not z.requires_grad or layer.owner.name not in self.sharing:
             return
         data, upscale = self._choose(layer, z)
         call = Call(layer, layer.owner, x[data], get_gradient_edge(z), data, upscale, blocks)
@@ -171,12 +210,13 @@ class Capture:
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], raw: Any) -> None:
         calls, self._calls = self._calls, None
-        if calls is None:
+        if calls is None or not (output := self.select(raw)).requires_grad:
             return
-        forward = Forward(args, kwargs, self.select(raw), self._uses(calls), seed=self._forward_seed)
+        forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed)
         if self.loss.module is None:
-            if self.output is not None and isinstance(raw, Tensor):
-                forward.returned = raw
+            if self.output is not None:
+                forward.key = source(raw, output)
+                forward.returned = raw if isinstance(raw, Tensor) else None if forward.key is None else raw[forward.key]
             self._gather(forward)
         else:
             self._waiting = forward
@@ -185,6 +225,8 @@ class Capture:
 
     def _after_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         """The loss module has seen the model's output, perhaps rearranged, and the targets."""
+        if not self.attached:
+            return
         named = {**dict(zip(("input", "target", "var"), args, strict=False)), **kwargs}
         seen = named.pop("input")
         if self._waiting is None or not seen.requires_grad or self.loss.likelihood is None:
@@ -199,7 +241,7 @@ class Capture:
 
     def _watch_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> None:
         """What the training loop multiplies the loss by arrives as the gradient of its value."""
-        forward = self.batch.latest
+        forward = self.batch.latest if self.attached else None
         if forward is not None and value.requires_grad and forward.is_input(args[0] if args else kwargs["input"]):
             value.register_hook(forward.add_multiplier)
 
@@ -231,8 +273,10 @@ class Capture:
             if self.sampling:
                 for use in forward.uses:
                     if round(len(use[0].x) * use[0].upscale) == forward.data:
-                        self._sample(use)
+                        self.batch.sample(use, self.world.size)
         if forward.gradient is None:
+            if self._earlier is not None:
+                forward.output.register_hook(self._drop_what_lost_its_gradient)
             forward.listen()
         self.batch.forwards += 1
         self.batch.data += forward.data
@@ -312,22 +356,6 @@ class Capture:
             total = first.layer.squared_gradients(x, g, (Q_A, Q_G))
             self.batch.add_squares(first.owner, total, first.blocks, weight)
 
-    def _sample(self, use: list[Call]) -> None:
-        """Note the gradients that the user's backward pass brings to some of the data; our own passes must be over."""
-        first = use[0]
-        if not first.owner.per_datum or first.owner.swaps(first.layer) or first.blocks != slice(None):
-            return
-        data = len(first.x)
-        every = max(1, round(data * self.world.size / SAMPLE))
-        sample = Sample(
-            first.layer, [c.x[::every].clone() for c in use], [None] * len(use), round(data * first.upscale)
-        )
-        self.batch.samples.setdefault(first.owner.name, []).append(sample)
-        for number, call in enumerate(use):
-            # Nothing that leads to the graph may be kept by a hook on the graph: neither would ever be freed.
-            keep = partial(_keep, sample, number, call.edge.output_nr, call.layer.data_dim, call.data, every)
-            call.edge.node.register_prehook(keep)
-
     def _statistics(self, call: Call) -> Statistics:
         key = (call.owner.name, call.owner.swaps(call.layer))
         return self.batch.statistics.setdefault(key, Statistics(call.layer.blocks))
@@ -349,40 +377,28 @@ class Capture:
 
     def _draw(self) -> int:
         """The seed of this forward's draws, different for every step, micro-batch and rank."""
-        draw = (self.seed * 1_000_003 + self.step) * 1009 + self.batch.forwards
+        forwards = self.batch.forwards + (0 if self._earlier is None else self._earlier.forwards)
+        draw = (self.seed * 1_000_003 + self.step) * 1009 + forwards
         return (draw + self.world.rank * 2_654_435_761) % 2**63  # generators look at the lower 32 bits only
+
+    def _put_aside(self) -> None:
+        """The backward pass of what was captured is over."""
+        for use in self._open:
+            self._finish(use)
+        self._open = []
+        if self._earlier is not None:
+            self.batch.follow(self._earlier)
+        self._earlier, self.batch = self.batch, Batch(self.loss, self.fisher)
+
+    def _drop_what_lost_its_gradient(self, _: Tensor | None = None) -> None:
+        """Called before a backward pass: where no gradient is left, earlier ones enter no step, nor may their data."""
+        if self._earlier is not None and self.parameters and not any(is_there(p.grad) for p in self.parameters):
+            self._earlier = None
+
+    def drop(self) -> None:
+        """Forget what was captured."""
+        self._earlier, self._open, self.batch = None, [], Batch(self.loss, self.fisher)
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def _keep(
-    sample: Sample,
-    number: int,
-    output: int,
-    dim: int,
-    data: slice | Tensor,
-    every: int,
-    gradients: tuple[Tensor | None, ...],
-) -> None:
-    g = gradients[output]
-    if g is not None:
-        leading = (slice(None),) * dim
-        sample.gs[number] = g.detach()[(*leading, data)][(*leading, slice(None, None, every))].clone()
-
-
-def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:
-    """A vector with one entry on in each row, split where the loss got several rows a datum, positions flattened.
-
-    The positions of a datum may interact, and their vectors would mix if they were switched on together.
-    """
-    positions = column.shape[0] // data if column.shape[0] % data == 0 else 1
-    if positions == 1:
-        yield column
-        return
-    rows = column.unflatten(0, (data, positions))
-    for position in range(positions):
-        only = torch.zeros_like(rows)
-        only[:, position] = rows[:, position]
-        yield only.flatten(0, 1)

@@ -78,6 +78,13 @@ class Statistics:
             self.G = total.new_zeros(total.shape if self.blocks is None else (self.blocks, *total.shape[-2:]))
         self.G[part] += total * weight
 
+    def add(self, other: "Statistics") -> None:
+        """Add other sums of the same use."""
+        for name in ("A", "weight", "G"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, theirs if mine is None else mine if theirs is None else mine + theirs)
+        self.rows += other.rows
+
     def tensors(self) -> Iterator[Tensor]:
         """The sums there are."""
         yield from (t for t in (self.A, self.G) if t is not None)

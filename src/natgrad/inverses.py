@@ -6,9 +6,10 @@ With V the gradient as a matrix of shape (out, in [+ 1]), the block kron(G, A) a
     eigen      V ↦ Q_G [ (Q_Gᵀ V Q_A) / ((λ_G + g)(λ_A + a)ᵀ + δ) ] Q_Aᵀ     with G = Q_G diag(g) Q_Gᵀ, A likewise
     ekfac      the same, with g aᵀ in the expanded product replaced by second moments s of the data's gradients
 
-Factored once, applied at every step until the factors have moved. What is stored are plain tensors, so that any
-checkpoint can hold them. Blocks side by side have a leading dimension, and a diagonal factor is a column, (d, 1), as is
-its inverse. A factorization that fails is retried in float64 and then with more damping, and says so once.
+Factored once, applied at every step until the factors have moved. What is stored are plain, contiguous tensors, so that
+any checkpoint can hold them: in another layout products would be rounded differently. Blocks side by side have a
+leading dimension, and a diagonal factor is a column, (d, 1), as is its inverse. A factorization that fails is retried
+in float64 and then with more damping, and says so once.
 """
 
 import warnings
@@ -174,8 +175,8 @@ def invert(factor: Tensor, damping: Tensor | float, name: str) -> Tensor:
     damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     L, info = torch.linalg.cholesky_ex(damped)
     if not info.any():
-        return torch.cholesky_inverse(L)
-    return _invert_carefully(damped.double(), name).to(factor.dtype)
+        return torch.cholesky_inverse(L).mT.contiguous()  # symmetric, with its columns in the order of memory
+    return _invert_carefully(damped.double(), name).to(factor.dtype).contiguous()
 
 
 def _invert_carefully(damped: Tensor, name: str) -> Tensor:
@@ -218,4 +219,4 @@ def eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
         values, basis = torch.linalg.eigh(factor)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, and missing in the stubs
         values, basis = torch.linalg.eigh(factor.double())
-    return values.to(factor.dtype), basis.to(factor.dtype)
+    return values.to(factor.dtype), basis.to(factor.dtype).contiguous()

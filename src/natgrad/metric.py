@@ -19,6 +19,7 @@ from natgrad.distributed import World
 from natgrad.inverses import Inverse
 from natgrad.layers import Bases, Layer
 from natgrad.schedule import Period
+from natgrad.state import MOVED
 
 States = Mapping[str, dict[str, Any]]
 Matrix = Callable[[Layer], Tensor | None]
@@ -51,13 +52,23 @@ class Metric:
         self.moved: set[str] = set()
         self._inverted: set[str] | None = None  # who have an inverse on every rank that holds it, once agreed
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the rule, a function made on the spot: who copies gives it back."""
+        return {name: value for name, value in self.__dict__.items() if name != "rule"}
+
+    def choose(self, layers: Sequence[Layer], states: States) -> None:
+        """From now on these are the layers."""
+        self.layers = layers
+        self.world.deal({layer.name: layer.inversion_cost for layer in layers})
+        self.forget(states)
+
     def forget(self, states: States) -> None:
         """The state has become another; inverses that other ranks are to hold are dropped."""
         self.applied.clear()
         for name, state in states.items():
             for key in () if self.world.holds(name) else self.inverse.names:
                 state.pop(key, None)
-        self.moved, self._inverted = {layer.name for layer in self.layers}, None
+        self.moved, self._inverted = {name for name, state in states.items() if state.get(MOVED, True)}, None
 
     def restore(self, states: States, step: int) -> None:
         """Make anew the inverses that a checkpoint lacks, as it has those of the rank that wrote it.

@@ -5,25 +5,29 @@ One step moves the layers' parameters by
     v ← α (−Δ) + μ v,    θ ← (1 − rate · weight_decay) θ + v
 
 with Δ the natural gradient (:mod:`natgrad.preconditioner`) and v the previous step. α and μ are either numbers or come
-from the exact quadratic model (:mod:`natgrad.quadratic`). The parameters without a layer are trained by AdamW, as a
-parameter group of their own with its own rate.
+from the exact quadratic model (:mod:`natgrad.quadratic`). Parameter groups multiply α, and an automatic μ, by their
+rates. The parameters without a layer are trained by AdamW, in groups of their own (:mod:`natgrad.groups`).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from natgrad import diagnostics, quadratic
+from natgrad import state as states
+from natgrad.clipping import clip_scale, dot
 from natgrad.distributed import Distributed, like, whole
+from natgrad.groups import relative_rates, split
+from natgrad.layers import partition
 from natgrad.likelihoods import Likelihood
 from natgrad.multiplier import LossMultiplier
-from natgrad.options import CurvatureOptions
-from natgrad.preconditioner import Preconditioner, clip_scale, dot
-
-FALLBACK_RATE = 1e-3  # AdamW's own default
+from natgrad.options import CurvatureOptions, check_rate
+from natgrad.preconditioner import Preconditioner
 
 
 class KFAC(torch.optim.Optimizer):
@@ -32,6 +36,9 @@ class KFAC(torch.optim.Optimizer):
     Args:
         model: As for :class:`~natgrad.Preconditioner`.
         loss: As for :class:`~natgrad.Preconditioner`.
+        params: What is trained, as for every torch optimizer: parameters, named ones, or groups of them with their own
+            ``lr`` and ``weight_decay``; all that require gradients, if left out. In each group AdamW trains those
+            without a layer, or all with ``"fallback": True``: with ``"lr"`` if it holds no others, else 1e-3.
         lr: A number, or ``"auto"``: the minimizer of the exact quadratic model. ``group["lr"]`` is then a factor that
             multiplies it, 1 to begin with, so that schedulers work in both cases.
         momentum: A number, or ``"auto"``: as for ``lr``.
@@ -60,6 +67,7 @@ class KFAC(torch.optim.Optimizer):
         model: nn.Module | Distributed,
         loss: str | nn.Module | Likelihood | None = None,
         *,
+        params: ParamsT | None = None,
         lr: float | Literal["auto"] = "auto",
         momentum: float | Literal["auto"] = "auto",
         damping: float | tuple[float, float] | Literal["auto"] = "auto",
@@ -67,36 +75,56 @@ class KFAC(torch.optim.Optimizer):
         kl_clip: float | None = None,
         **curvature: Unpack[CurvatureOptions],
     ) -> None:
-        _check_number("lr", lr, "auto")
-        _check_number("momentum", momentum, "auto")
-        _check_number("weight_decay", weight_decay)
+        check_rate("lr", lr, "auto")
+        check_rate("momentum", momentum, "auto")
+        check_rate("weight_decay", weight_decay)
         if "auto" in (lr, momentum) and loss is None:
             raise ValueError('`lr="auto"` and `momentum="auto"` need to know the loss: pass `loss=`, or give numbers.')
         if kl_clip is not None and lr == "auto":
             raise ValueError("`kl_clip` bounds a given rate: pass a number as `lr`, or leave `kl_clip` out.")
         self.preconditioner = Preconditioner(model, loss, damping=damping, kl_clip=kl_clip, **curvature)
         self.automatic_lr, self.momentum = lr == "auto", momentum
-        super().__init__(self._groups(1.0 if lr == "auto" else float(lr), weight_decay), {})
-        self._names = {p: name for name, p in self.preconditioner.model.named_parameters()}
-        rest = [group["params"] for group in self.param_groups if group["fallback"]]
-        self._adamw = torch.optim.AdamW(rest[0]) if rest else None
+        self._adamw: torch.optim.AdamW | None = None
         self.undone_steps = 0
         self._diagnostics: dict[str, float] = {}
         self._latest_step: dict[nn.Parameter, Tensor] = {}
-        self._share_state()
+        self._constructed = False
+        given = [p for p in self.preconditioner.model.parameters() if p.requires_grad] if params is None else params
+        super().__init__(given, {"lr": 1.0 if lr == "auto" else lr, "weight_decay": weight_decay})
+        self.register_state_dict_post_hook(_complete)
+        self._choose_layers()
+        self._constructed = True
 
-    def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        parts = self.preconditioner.partition
-        layers = [p for layer in parts.layers for p in layer.parameters]
-        rest = [self.preconditioner.model.get_parameter(name) for name in parts.reasons]
-        rest = list(dict.fromkeys(p for p in rest if p.requires_grad))
-        groups: list[dict[str, Any]] = [{"params": layers, "lr": lr, "weight_decay": weight_decay, "fallback": False}]
-        if rest:
-            groups.append({"params": rest, "lr": FALLBACK_RATE, "weight_decay": weight_decay, "fallback": True})
-        return groups
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more of the model's parameters, such as layers that were frozen or left out before.
 
-    def _share_state(self) -> None:
+        Args:
+            param_group: As for ``params``; a frozen layer must be unfrozen before.
+
+        Raises:
+            ValueError: for a parameter that is not the model's, or is trained already; for a layer of which only some
+                parameters would be trained.
+        """
+        self._names = {p: name for name, p in self.preconditioner.model.named_parameters()}
+        before = list(self.param_groups)
+        try:
+            for group in split(param_group, partition(self.preconditioner.model), self._names):
+                super().add_param_group(group)
+            if self._constructed:
+                self._choose_layers()
+        except ValueError:
+            self.param_groups = before
+            raise
+
+    def _choose_layers(self) -> None:
+        self.preconditioner.select(p for group in self.param_groups if not group["fallback"] for p in group["params"])
+        self._share()
+
+    def _share(self) -> None:
+        """Let preconditioner and AdamW work on the same state, and AdamW on our groups themselves."""
         self.preconditioner.state = self.state
+        rest = [group for group in self.param_groups if group["fallback"]]
+        self._adamw = torch.optim.AdamW(rest) if rest else None
         if self._adamw is not None:
             self._adamw.state = self.state
 
@@ -117,15 +145,31 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.preconditioner.steps:
+            self.state.update({p: states.known(kept) for p, kept in self.state.items()})
         evaluates = self.automatic_lr or self.momentum == "auto"
         if self.preconditioner.update(self._stands if evaluates else None):
-            layers, *rest = self.param_groups
-            self._step_layers(layers)
+            self._step_layers()
             if self._adamw is not None:
-                self._adamw.param_groups[0].update(lr=rest[0]["lr"], weight_decay=rest[0]["weight_decay"])
                 self._adamw.step()
+        elif not self.preconditioner.steps + self.preconditioner.skipped_steps:
+            # No step, but the way in which torch's tools make an optimizer create its state.
+            self.state.update(self._completed())
         self.preconditioner.release()
         return loss
+
+    def _completed(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The state of every parameter as it is saved, see :mod:`natgrad.state`."""
+        pre = self.preconditioner
+        layers = {layer.parameters[0]: kept for layer, kept in zip(pre.layers, pre.saved().values(), strict=True)}
+        moves = self.automatic_lr or self.momentum != 0.0
+        complete = {}
+        for group in self.param_groups:
+            names = states.of_adamw(group) if group["fallback"] else ["velocity"] if moves else []
+            for p in group["params"]:
+                known = {**self.state.get(p, {}), **layers.get(p, {})}
+                complete[p] = states.completed(known, names, partial(states.of_parameter, p))
+        return complete
 
     def _stands(self, multiplier: LossMultiplier, finite: bool) -> bool:
         """Whether the previous step is left as it was; where new data show that it went much too far, it is undone."""
@@ -141,23 +185,30 @@ class KFAC(torch.optim.Optimizer):
         self.undone_steps += 1
         return False
 
-    def _step_layers(self, group: dict[str, Any]) -> None:
-        natural = self.preconditioner.directions()
+    def _step_layers(self) -> None:
+        # Contiguous, as a loaded step is: sums over another layout are rounded differently.
+        natural = {p: direction.contiguous() for p, direction in self.preconditioner.directions().items()}
         if not natural:
             return
+        lr, shares = relative_rates(self.param_groups, natural)
         if self.preconditioner.kl_clip is not None:
-            bound = self.preconditioner.kl_clip / max(group["lr"], 1e-30) ** 2
-            scale = clip_scale(natural, self.preconditioner.gradient, bound)
+            bound = self.preconditioner.kl_clip / max(lr, 1e-30) ** 2
+            scale = clip_scale(natural, self.preconditioner.gradient, bound, shares)
             torch._foreach_mul_(list(natural.values()), scale)
         previous = {p: whole(self.state[p]["velocity"]) for p in natural if "velocity" in self.state[p]}
         if len(previous) < len(natural) or self.momentum == 0.0:
             previous = {}
-        alpha, mu = self._coefficients(group["lr"], natural, previous)
+        if min(shares.values()) < 1:  # the quadratic model then chooses for steps that are so related
+            natural = {p: direction * shares[p] for p, direction in natural.items()}
+            if self.automatic_lr:
+                previous = {p: velocity * shares[p] for p, velocity in previous.items()}
+        alpha, mu = self._coefficients(lr, natural, previous)
         self._diagnostics.update(lr=alpha, momentum=mu)
         self._latest_step = natural  # whose tensors become the step below
+        decays = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
         for parameter, direction in natural.items():
-            if group["weight_decay"]:
-                parameter.mul_(1 - alpha * group["weight_decay"])
+            if decays[parameter]:
+                parameter.mul_(1 - alpha * shares[parameter] * decays[parameter])
             velocity = direction.mul_(-alpha)
             if self.momentum != 0.0 or self.automatic_lr:
                 if previous:
@@ -210,19 +261,47 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: when the groups, layers or their sizes are not this model's; nothing is loaded then.
         """
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        ours = [parameter for group in self.param_groups for parameter in group["params"]]
-        loaded = {p: state_dict["state"].get(index, {}) for index, p in zip(saved, ours, strict=False)}
-        pre = self.preconditioner
-        pre.check_state({layer.name: loaded.get(layer.parameters[0], {}) for layer in pre.layers})
-        super().load_state_dict(state_dict)
-        # torch casts state to the dtype of its parameter, or else shares its memory with `state_dict`.
-        for parameter, state in loaded.items():
-            cast = self.state[parameter]
-            cast.update({key: t.to(cast[key].device, copy=True) for key, t in state.items()})
-        self._share_state()
+        pre, arrived = self.preconditioner, dict[Tensor, dict[str, Tensor]]()
+
+        def look(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            saved = [index for group in given["param_groups"] for index in group["params"]]
+            ours = [parameter for group in self.param_groups for parameter in group["params"]]
+            for index, parameter in zip(saved, ours, strict=False):
+                arrived[parameter] = states.known(given["state"].get(index, {}))
+            states.check(pre.layers, {layer.name: arrived.get(layer.parameters[0], {}) for layer in pre.layers})
+
+        def keep(_: torch.optim.Optimizer) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    # Torch casts to the dtype of the parameter, or else shares memory; AdamW wants the dtype.
+                    cast = {name: self.state[p][name] for name in arrived[p]} if group["fallback"] else arrived[p]
+                    self.state[p] = states.copied(cast, p)
+            pre.resume()
+
+        # The user's hooks may change what is loaded, and may see what was.
+        handles = [
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(keep, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
         self._diagnostics, self._latest_step = {}, {}
-        pre.resume()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, to be made between two steps; the model comes along."""
+        ours = ("preconditioner", "automatic_lr", "momentum", "undone_steps", "_names", "_constructed")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, and of torch's ``load_state_dict``."""
+        super().__setstate__(state)
+        if "preconditioner" in state:
+            self._diagnostics, self._latest_step = {}, {}
+            self.register_state_dict_post_hook(_complete)
+        self._share()
 
     @torch.no_grad()
     def diagnostics(self, per_layer: bool = True) -> dict[str, float]:
@@ -263,8 +342,10 @@ class KFAC(torch.optim.Optimizer):
         return {**diagnostics.numbers(values), **self.preconditioner.diagnostics(per_layer)}
 
 
-def _check_number(name: str, value: float | str, word: str | None = None) -> None:
-    if value == word:
-        return
-    if not isinstance(value, float | int) or not value >= 0:
-        raise ValueError(f"`{name}` must be a non-negative number{f' or {word!r}' if word else ''}, not {value!r}.")
+def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Let what is saved hold the state of every parameter, see :mod:`natgrad.state`."""
+    assert isinstance(optimizer, KFAC)
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    complete = optimizer._completed()
+    state_dict["state"].update({index: complete[p] for index, p in zip(indices, parameters, strict=True)})

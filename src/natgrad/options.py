@@ -59,3 +59,10 @@ def check_periods(**periods: Period) -> None:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a keyword, which may also be a word, is a number."""
     return isinstance(value, float | int)
+
+
+def check_rate(name: str, value: object, word: str | None = None) -> None:
+    """Raise a ``ValueError`` for a rate that is neither ``word`` nor a non-negative number, perhaps as a tensor."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not (number == word if isinstance(number, str) else is_number(number) and number >= 0):
+        raise ValueError(f"`{name}` must be a non-negative number{f' or {word!r}' if word else ''}, not {value!r}.")

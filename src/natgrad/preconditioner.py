@@ -7,9 +7,9 @@ stores, and ``step``.
 """
 
 import logging
-import warnings
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import partial
 from typing import Any, Literal
 
@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from natgrad import damping as dampings
 from natgrad import diagnostics, exchange, schedule
+from natgrad import state as states
 from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture, check_fisher
+from natgrad.clipping import clip_scale
 from natgrad.distributed import Distributed, Ranks, World, like, reshard, whole
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
@@ -111,13 +113,13 @@ class Preconditioner:
         self.world = World.of(model)
         called = model.model if isinstance(model, Distributed) else model
         self.model = unwrap(called)
-        self.partition = partition(self.model)
-        self.layers = self.partition.require_layers()
+        self.layers = partition(self.model).require_layers()
         self.world.deal({layer.name: layer.inversion_cost for layer in self.layers})
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
         # Between updates of the inverses, EKFAC's eigenvalues follow every batch.
         moving = curvature_period == "auto" and inverse == "ekfac"
         self.curvature_period = 1 if moving else curvature_period
+        self._damping, self._sharing = (damping, inverse), sharing
         self.state: State = defaultdict(dict)
         self.skipped_steps = 0
         self.batch = Batch(self.loss, fisher)
@@ -138,8 +140,49 @@ class Preconditioner:
             sampling=damping == "auto",
             world=self.world,
         )
-        if inverse == "ekfac":
-            self.capture.bases = self._bases
+        self._own_capture()
+
+    def _own_capture(self) -> None:
+        me = weakref.ref(self)  # else hooks on the model would keep alive what they work for
+
+        def bases(layer: Layer) -> Bases | None:
+            owner = me()
+            return None if owner is None else owner._bases(layer)
+
+        self.capture.bases = bases if self._damping[1] == "ekfac" else None
+        self.capture.parameters = [parameter for layer in self.layers for parameter in layer.parameters]
+        weakref.finalize(self, self.capture.close).atexit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, to be made between two steps: with the model, and without what was captured."""
+        new: dict[str, Any] = {"batch": Batch(self.loss, self.fisher), "multiplier": None, "_whole": {}}
+        return {**self.__dict__, **new, "capture": (self.capture, self.capture.settings())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the hooks that came along with the model."""
+        self.__dict__.update(state)
+        self.capture, settings = state["capture"]
+        self.capture.attach(settings)
+        self.metric.rule = dampings.resolve(*self._damping)
+        self._own_capture()
+
+    def select(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Precondition the layers of these parameters, and leave every other gradient as it is.
+
+        Layers that were frozen before may be among them. Call it between two steps.
+
+        Raises:
+            ValueError: when only some parameters of a layer are among them, or when there is no layer.
+        """
+        parts = partition(self.model)
+        chosen = parts.of(parameters)
+        states.carry_over(self.state, self.layers, chosen)
+        self.layers = chosen
+        self.metric.choose(chosen, self.states())
+        sharing = resolve_sharing(self._sharing, [layer.name for layer in parts.layers])
+        self.capture.watch(parts.layers, {layer.name: sharing[layer.name] for layer in chosen})
+        self.capture.parameters = [parameter for layer in chosen for parameter in layer.parameters]
+        self.capture.drop()
 
     @property
     def steps(self) -> int:
@@ -177,7 +220,7 @@ class Preconditioner:
                 the parameters had better be others. For a caller that evaluates the model.
 
         Returns:
-            False if the step must be skipped: something is not finite or does not stand, or there was no forward pass
+            False if the step must be skipped: something is not finite or does not stand, or there was no backward pass
             and all gradients are zero. The latter is how checkpoint tools make an optimizer create its state; it is not
             counted as a step.
         """
@@ -198,14 +241,15 @@ class Preconditioner:
             self.skipped_steps += 1
             _logger.warning("step %d skipped: a gradient or a statistic is not finite", self.steps)
             return False
-        if not batch.forwards and not any(g.any() for g in gradients):
+        trains = batch.latest is not None and batch.latest.gradient is not None
+        if not trains and not any(g.any() for g in gradients):
             return False
         if self.multiplier is not None:
             named = {n: g for n, p in self.model.named_parameters() if (g := self.gradient(p)) is not None}
             self.multiplier.update(named, evaluate=stands is not None)
             batch.multiplier, batch.scaler = self.multiplier.at_output, self.multiplier.scaler
         self.batch = batch
-        self._check_seen(batch)
+        batch.check(self.layers, self.states(), self.steps, self.gradient)
         self.metric.restore(self.states(), self.steps - 1)
         for layer in self.layers:
             self._update_factors(layer, batch)
@@ -213,6 +257,8 @@ class Preconditioner:
         for layer in self.layers:
             state = self._state(layer)
             state["step"] = state.get("step", torch.zeros(())) + 1
+            if "A" in state:
+                state[states.MOVED] = torch.tensor(float(layer.name in self.metric.moved))
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
         return True
@@ -245,7 +291,7 @@ class Preconditioner:
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Running A, (in [+ 1], in [+ 1]), and G, (out, out), by layer name; kron(G, A) is the block over [W b]."""
-        return {name: (state["A"], state["G"]) for name, state in self.states().items() if "A" in state}
+        return {name: (state["A"], state["G"]) for name, state in self.states().items() if self.steps and "A" in state}
 
     def states(self) -> dict[str, dict[str, Any]]:
         """What is kept of each layer, by its name."""
@@ -279,9 +325,8 @@ class Preconditioner:
         return diagnostics.numbers(values)
 
     def state_dict(self) -> dict[str, Any]:
-        """Running factors and inverses by layer name."""
-        layers = {name: dict(state) for name, state in self.states().items()}
-        return {"layers": layers, "skipped_steps": self.skipped_steps}
+        """Running factors and inverses by layer name; the same tensors at every step, see :mod:`natgrad.state`."""
+        return {"layers": self.saved(), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned, bitwise.
@@ -289,33 +334,26 @@ class Preconditioner:
         Raises:
             ValueError: when the layers or their sizes are not this model's; nothing is loaded then.
         """
-        layers: Mapping[str, Mapping[str, Tensor]] = state_dict["layers"]
-        self.check_state(layers)
+        layers = {name: states.known(tensors) for name, tensors in state_dict["layers"].items()}
+        states.check(self.layers, layers)
         for layer in self.layers:
-            parameter = layer.parameters[0]
-            tensors = layers[layer.name]
-            self.state[parameter] = {key: t.to(parameter.device, copy=True) for key, t in tensors.items()}
+            self.state[layer.parameters[0]] = states.copied(layers[layer.name], layer.parameters[0])
         self.skipped_steps = state_dict["skipped_steps"]
         self.resume()
 
-    def check_state(self, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Raise a ``ValueError`` when state by layer name has other layers or sizes than this model."""
-        ours = {layer.name: layer for layer in self.layers}
-        if layers.keys() != ours.keys():
-            differing = ", ".join(sorted(layers.keys() ^ ours.keys()))
-            raise ValueError(f"the state belongs to another model: these layers are in only one of them: {differing}.")
-        for name, tensors in layers.items():
-            sizes = tuple(tensors[key].shape[-2] for key in ("G", "A") if key in tensors)  # also of columns
-            if sizes and sizes != ours[name].shape:
-                raise ValueError(
-                    f"the state belongs to another model: layer {name!r} has factors G, A of sizes {ours[name].shape}, "
-                    f"the state {sizes}."
-                )
+    def saved(self) -> dict[str, dict[str, Tensor]]:
+        """What is kept of each layer, by its name, for a checkpoint."""
+        kept = {}
+        for layer in self.layers:
+            of_all = states.OF_ALL if layer is self.layers[0] and self.loss.likelihood is not None else ()
+            names = [*states.names(self.metric.inverse.names, self.capture.sampling), *of_all]
+            kept[layer.name] = states.completed(self._state(layer), names, partial(states.of_layer, layer))
+        return kept
 
     def resume(self) -> None:
         """Let the capture go on from the step that the state is at."""
         self.metric.forget(self.states())
-        self.capture.take()
+        self.capture.drop()
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
 
@@ -334,24 +372,6 @@ class Preconditioner:
         local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms, ranks)
         return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms, ranks)
 
-    def _check_seen(self, batch: Batch) -> None:
-        """A gradient without factors means that the hooks missed the layer, if they watched and it is not zero."""
-        if self.steps and not batch.statistics:
-            return  # the layer is used for the first time between two updates of the curvature
-        captured = {name for name, _ in batch.statistics}
-        for layer in self.layers:
-            gradients = [g for p in layer.parameters if (g := self.gradient(p)) is not None]
-            seen = layer.name in captured or "A" in self._state(layer)
-            if not seen and any(g.any() for g in gradients):
-                raise RuntimeError(
-                    f"layer {layer.name!r} has a gradient but natgrad saw no data pass through it. Call the model that "
-                    "was given to natgrad itself, not its parts, with gradients enabled. Of a compiled model give it "
-                    "what `torch.compile` returned (not `model.compile()`), before the first call. Checkpoint "
-                    "activations with `use_reentrant=False`."
-                )
-            if not seen and not gradients and self.steps == 0:
-                warnings.warn(f"natgrad: layer {layer.name!r} received no data and no gradient.", stacklevel=4)
-
     def _update_factors(self, layer: Layer, batch: Batch) -> None:
         factors = batch.factors(layer)
         if factors is None:
@@ -365,17 +385,3 @@ class Preconditioner:
         spectrum = batch.spectrum(layer)
         if spectrum is not None:
             update_average(state, {"spectrum": spectrum}, decay, "spectrum_age")
-
-
-Gradient = Callable[[nn.Parameter], Tensor | None]
-
-
-def clip_scale(natural: dict[nn.Parameter, Tensor], gradient: Gradient, bound: float) -> float:
-    """What to multiply Δ by so that gᵀΔ stays below ``bound`` (Ba, Grosse and Martens 2017, section 5)."""
-    length = float(dot(natural, gradient)) if natural else 0.0
-    return min(1.0, (bound / length) ** 0.5) if length > 0 else 1.0
-
-
-def dot(direction: dict[nn.Parameter, Tensor], gradient: Gradient) -> Tensor:
-    """Product of the loss's gradient with a direction."""
-    return torch.stack([torch.sum(d * g) for p, d in direction.items() if (g := gradient(p)) is not None]).sum()

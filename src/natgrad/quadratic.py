@@ -150,7 +150,9 @@ class LocalModel:
         with forked, shards_left_alone(self.model), uncompiled(self.model):
             raw = functional_call(self.model, {**self._gathered, **parameters, **buffers}, self.args, self.kwargs)
         output = at_least_float32(self.rearrange(self.select(raw)))
-        return output if self.forward.returned is None else at_least_float32(raw), output
+        if self.forward.returned is None:
+            return output, output
+        return at_least_float32(raw if self.forward.key is None else raw[self.forward.key]), output
 
     def _scale(self, output: Tensor) -> float:
         """R for these data, as if they were the whole batch."""

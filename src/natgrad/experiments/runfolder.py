@@ -14,9 +14,9 @@
 All but the metrics are replaced atomically (written beside, then renamed): a file is either the old one or the new one.
 """
 
+import errno
 import json
 import os
-import pickle
 import platform
 import shlex
 import sys
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import natgrad
+from natgrad import checkpoint
 from natgrad.experiments.contestants import Contestant, Record
 from natgrad.experiments.samples import png
 from natgrad.experiments.settings import LIMITS, Settings, SettingsError
@@ -105,8 +106,12 @@ class RunFolder:
 
     def append(self, record: Record) -> None:
         """Add one record to the metrics; it is on its way to the disk when this returns."""
-        with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+        line = (json.dumps(asdict(record), allow_nan=False) + "\n").encode()
+        with (self.path / METRICS).open("ab", buffering=0) as file:
+            length = file.tell()
+            if file.write(line) < len(line):  # the disk is full, and after half a line no other could be read
+                file.truncate(length)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
     def save_digits(self, name: str, images: Tensor) -> None:
         """Save images (n, 784), values in [0, 1], as one picture of the folder `digits`."""
@@ -120,7 +125,7 @@ class RunFolder:
     def save_checkpoint(self, contestants: Sequence[Contestant]) -> None:
         """Save what `load_checkpoint` needs. Call it between steps only: half a step is not a state to go on from."""
         state = {contestant.name: contestant.state_dict() for contestant in contestants}
-        write_atomically(self.path / CHECKPOINT, lambda path: torch.save(state, path))
+        checkpoint.save(state, self.path / CHECKPOINT)
 
     def load_checkpoint(self, contestants: Sequence[Contestant]) -> None:
         """Put every contestant back where the checkpoint left it, and drop the records of steps it will take again.
@@ -129,9 +134,9 @@ class RunFolder:
             SettingsError: The file cannot be read as a checkpoint.
         """
         try:
-            state = torch.load(self.path / CHECKPOINT, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise SettingsError(f"{self.path / CHECKPOINT} cannot be read: {error}") from error
+            state = checkpoint.load(self.path / CHECKPOINT)
+        except checkpoint.CheckpointError as error:
+            raise SettingsError(f"the run cannot go on: {error}") from error
         for contestant in contestants:
             contestant.load_state_dict(state[contestant.name])
         kept = [r for r in read_records(self.path) if r.step < state[r.optimizer]["step"]]

@@ -1,5 +1,6 @@
 """Which parameters get a Kronecker block, and why the others do not."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,24 @@ class Partition:
             f"the model has no layer that natgrad can precondition (it knows {registered_names()}). "
             f"{reasons or 'It has no parameters'}."
         )
+
+    def of(self, parameters: Iterable[nn.Parameter]) -> list[Layer]:
+        """The layers of these parameters.
+
+        Raises:
+            ValueError: when only some parameters of a layer are among them, or when there is no layer.
+        """
+        wanted = set(parameters)
+        layers = [layer for layer in self.layers if wanted & set(layer.parameters)]
+        for layer in layers:
+            missing = [p for p in layer.parameters if p not in wanted]
+            if missing:
+                shapes = ", ".join(str(tuple(p.shape)) for p in missing)
+                raise ValueError(
+                    f"layer {layer.name!r} is trained as a whole, and its parameters of shape {shapes} are missing: "
+                    "add them, freeze them with `requires_grad_(False)` before, or leave out the others as well."
+                )
+        return Partition(layers, self.reasons).require_layers()
 
     def refuse_fallbacks(self) -> None:
         """Raise a ``ValueError`` that lists every trainable parameter without a layer."""

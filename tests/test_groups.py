@@ -1,0 +1,272 @@
+"""Parameter groups of KFAC: what is trained, by whom, at which rate; and what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from kfac_cases import AUTO, NUMERIC, assert_same, backward, batch, network, train, values
+from oracle import relative_error
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def moved(optimizer: natgrad.KFAC, before: dict[str, Tensor]) -> set[str]:
+    names = dict(optimizer.preconditioner.model.named_parameters())
+    return {n for n, t in values(optimizer).items() if n in names and not torch.equal(t, before[n])}
+
+
+def steps_of(optimizer: natgrad.KFAC, *seeds: int) -> dict[str, Tensor]:
+    before = values(optimizer)
+    train(optimizer, *seeds)
+    return {n: p.detach() - before[n] for n, p in optimizer.preconditioner.model.named_parameters()}
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """As most training scripts have it: weights decay, biases do not. A layer is then in two groups."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for n, p in named if n.endswith("weight")], "weight_decay": 0.5},
+        {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("given", [lambda m: m.parameters(), lambda m: m.named_parameters(), decay_groups])
+def test_every_way_to_name_all_parameters_trains_them_alike(given: Any) -> None:
+    plain = natgrad.KFAC(network(), "mse", **NUMERIC)
+    model = network()
+    other = natgrad.KFAC(model, "mse", params=given(model), **NUMERIC)
+    for group in other.param_groups:
+        group["weight_decay"] = 0.0
+    train(plain, 0, 1, 2)
+    train(other, 0, 1, 2)
+    assert_same(values(other), values(plain))
+    assert [name for group in other.param_groups for name in group["param_names"]]
+    for group in other.param_groups:
+        assert [model.get_parameter(name) for name in group["param_names"]] == group["params"]
+
+
+@pytest.mark.parametrize("mode", [NUMERIC, AUTO], ids=str)
+def test_each_group_decays_by_its_own_weight(mode: dict[str, Any]) -> None:
+    steps = []
+    for weight_decay in (0.0, 0.5):
+        model = network()
+        groups = decay_groups(model)
+        groups[0]["weight_decay"] = weight_decay
+        optimizer = natgrad.KFAC(model, "mse", params=groups, **mode)
+        steps.append(steps_of(optimizer, 0))
+        rate = optimizer.diagnostics()["lr"]
+    without, with_decay = steps
+    start = dict(network().named_parameters())
+    for name in ("0.weight", "3.weight"):
+        assert relative_error(with_decay[name] - without[name], -rate * 0.5 * start[name].detach()) < 1e-9
+    for name in ("0.bias", "3.bias"):
+        assert torch.equal(with_decay[name], without[name])
+
+
+def test_a_numeric_rate_is_the_groups_own() -> None:
+    model = network()
+    groups = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[3].parameters()}]
+    slow = steps_of(natgrad.KFAC(model, "mse", params=groups, lr=0.1, momentum=0.9), 0)
+    plain = steps_of(natgrad.KFAC(network(), "mse", lr=0.1, momentum=0.9), 0)
+    for name in ("0.weight", "0.bias"):
+        assert relative_error(slow[name], 0.1 * plain[name]) < 1e-9
+    for name in ("3.weight", "3.bias"):
+        assert relative_error(slow[name], plain[name]) < 1e-12
+    assert not slow["1.weight"].any()  # in no group
+
+
+def test_an_automatic_rate_is_the_best_one_for_steps_that_are_so_related() -> None:
+    """The first step has no momentum: α is gᵀd / dᵀBd for the direction d that the groups' rates make of Δ."""
+    model = network()
+    groups = [{"params": model[0].parameters(), "lr": 0.25}, {"params": model[3].parameters(), "lr": 0.5}]
+    optimizer = natgrad.KFAC(model, "mse", params=groups)
+    backward(model, 0)
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    before = values(optimizer)
+    optimizer.step()
+    step = {n: p.detach() - before[n] for n, p in model.named_parameters() if not n.startswith("1")}
+    natural = {
+        n: d for p, d in optimizer.preconditioner.directions().items() for n, q in model.named_parameters() if p is q
+    }
+    ratios = {n: float(torch.sum(step[n] * natural[n]) / natural[n].square().sum()) for n in step}
+    assert ratios["0.weight"] == pytest.approx(ratios["3.weight"] / 2)
+    direction = {n: d / 0.5 for n, d in step.items()}  # what the largest rate, 0.5, multiplied
+    start = {n: before[n] for n in step}
+
+    def output(theta: dict[str, Tensor]) -> Tensor:
+        rest = {n: before[n] for n in ("1.weight",)}
+        return torch.func.functional_call(model, {**theta, **rest}, (batch(0)[0],))
+
+    _, Jd = torch.func.jvp(output, (start,), (direction,))
+    slope = sum(float(torch.sum(gradients[n] * direction[n])) for n in direction)
+    curvature = 2 * float(Jd.square().mean())  # of the mean squared error
+    assert -slope == pytest.approx(curvature, rel=1e-6)
+
+
+def test_kl_clip_bounds_the_step_of_all_groups_together() -> None:
+    """Σ lr² gᵀΔ over the groups; one rate for all would be far off here."""
+    model = network()
+    groups = [{"params": model[0].parameters(), "lr": 1.0}, {"params": model[3].parameters(), "lr": 3.0}]
+    optimizer = natgrad.KFAC(model, "mse", params=groups, momentum=0.0, lr=1.0, kl_clip=1e-4, damping=1e-3)
+    backward(model, 0)
+    gradients = {p: p.grad.clone() for p in model.parameters()}
+    before = {p: p.detach().clone() for p in model.parameters()}
+    optimizer.step()
+    natural = optimizer.preconditioner.directions()
+    squared, scales = 0.0, []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            scales.append(float((before[p] - p.detach()).norm() / (group["lr"] * natural[p].norm())))
+            squared += group["lr"] ** 2 * float(torch.sum(gradients[p] * natural[p]))
+    assert scales == pytest.approx([scales[0]] * 4, rel=1e-9)
+    assert scales[0] ** 2 * squared == pytest.approx(1e-4, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", [NUMERIC, AUTO], ids=str)
+def test_an_unfrozen_layer_joins_and_is_trained_by_kfac(mode: dict[str, Any]) -> None:
+    """The first layer comes last: what all layers share, such as the number of the step, must move to it."""
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = natgrad.KFAC(model, "mse", **mode)
+    before = values(optimizer)
+    train(optimizer, 0, 1)
+    assert moved(optimizer, before) == {"1.weight", "3.weight", "3.bias"}
+    known = optimizer.state[model[3].weight].get("multiplier")
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.5})
+    assert optimizer.preconditioner.steps == 2
+    if known is not None:
+        assert torch.equal(optimizer.state[model[0].weight]["multiplier"], known)
+        assert "multiplier" not in optimizer.state[model[3].weight]
+    before = values(optimizer)
+    train(optimizer, 2)
+    assert moved(optimizer, before) == set(dict(model.named_parameters()))
+    assert {"A", "G", "A_inverse"} <= optimizer.state[model[0].weight].keys()
+    assert "exp_avg" not in optimizer.state[model[0].weight]
+    train(optimizer, 3, 4)
+    assert optimizer.preconditioner.steps == 5
+
+
+def test_layers_left_out_are_left_alone_until_they_are_added() -> None:
+    model = network()
+    optimizer = natgrad.KFAC(model, "mse", params=model[3].parameters(), **NUMERIC)
+    before = values(optimizer)
+    train(optimizer, 0)
+    assert moved(optimizer, before) == {"3.weight", "3.bias"}
+    assert not any(name.startswith("0") for name in optimizer.preconditioner.factors())
+    optimizer.add_param_group({"params": model[:2].parameters()})
+    train(optimizer, 1)
+    assert moved(optimizer, before) == set(dict(model.named_parameters()))
+    assert [group["fallback"] for group in optimizer.param_groups] == [False, False, True]
+    assert optimizer.param_groups[1]["lr"] == NUMERIC["lr"]
+    assert optimizer.param_groups[2]["lr"] == 1e-3
+
+
+def test_adamw_trains_a_layer_on_request() -> None:
+    """Bitwise as an AdamW of its own with these settings would."""
+    model, twin = network(), network()
+    settings = {"lr": 0.02, "betas": (0.5, 0.6), "weight_decay": 0.3}
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "fallback": True, **settings}]
+    optimizer = natgrad.KFAC(model, "mse", params=groups, **NUMERIC)
+    adamw = torch.optim.AdamW(twin[3].parameters(), **settings)
+    for seed in range(3):
+        twin.load_state_dict(model.state_dict())
+        backward(model, seed)
+        backward(twin, seed)
+        optimizer.step()
+        adamw.step()
+        assert torch.equal(model[3].weight, twin[3].weight)
+        assert torch.equal(model[3].bias, twin[3].bias)
+
+
+@pytest.mark.parametrize("excluded", [0, 1])
+def test_one_projection_of_attention_may_be_left_out(excluded: int) -> None:
+    """One of a module's layers watches for all of them; which one must not matter."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    model = Net()
+    parts = [
+        ["attention.in_proj_weight", "attention.in_proj_bias"],
+        ["attention.out_proj.weight", "attention.out_proj.bias"],
+    ]
+    chosen = [model.get_parameter(name) for name in parts[1 - excluded]]
+    optimizer = natgrad.KFAC(model, "mse", params=chosen, **NUMERIC)
+    x = torch.randn(5, 3, 4)
+    nn.functional.mse_loss(model(x), x).backward()
+    before = values(optimizer)
+    optimizer.step()
+    assert moved(optimizer, before) == set(parts[1 - excluded])
+    assert len(optimizer.preconditioner.factors()) == 1
+
+
+def test_the_preconditioner_leaves_what_is_not_selected() -> None:
+    model = network()
+    preconditioner = natgrad.Preconditioner(model, "mse")
+    preconditioner.select(model[3].parameters())
+    backward(model, 0)
+    plain = [p.grad.clone() for p in model[:2].parameters()]
+    before = model[3].weight.grad.clone()
+    preconditioner.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model[:2].parameters(), plain, strict=True))
+    assert not torch.equal(model[3].weight.grad, before)
+    with pytest.raises(ValueError, match="no layer that natgrad can precondition"):
+        preconditioner.select(model[1].parameters())
+
+
+def test_what_a_group_cannot_be_is_refused_and_nothing_changes() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = natgrad.KFAC(model, "mse", **NUMERIC)
+    train(optimizer, 0)
+    before, groups = values(optimizer), len(optimizer.param_groups)
+    model[0].requires_grad_(True)
+    weight = model[0].weight
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"params": [weight]}, ValueError, r"layer '0' is trained as a whole, and its parameters of shape \(4,\) are"),
+        ({"params": model[3].parameters()}, ValueError, "more than one parameter group"),
+        ({"params": [nn.Parameter(torch.zeros(7))]}, ValueError, r"shape \(7,\) is not part of the model"),
+        ({"params": model[0].parameters(), "maximize": True}, ValueError, "natgrad minimizes"),
+        ({"params": model[0].parameters(), "momentum": 0.5}, ValueError, "`momentum` is the same for all layers"),
+        ({"params": model[0].parameters(), "lr": -1.0}, ValueError, "`lr` must be a non-negative number"),
+        ({"params": set(model[0].parameters())}, TypeError, "pass a list"),
+        ({"params": ["weight"]}, TypeError, "holds str"),
+    ]
+    for group, error, text in cases:
+        with pytest.raises(error, match=text):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == groups
+        assert_same(values(optimizer), before)
+    train(optimizer, 1)
+    assert torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_maximize_is_no_keyword() -> None:
+    with pytest.raises(TypeError, match="maximize"):
+        natgrad.KFAC(network(), "mse", maximize=True)
+
+
+@pytest.mark.parametrize("mode", [NUMERIC, AUTO], ids=str)
+def test_a_rate_of_zero_stops_all_and_training_goes_on_after_it(mode: dict[str, Any]) -> None:
+    """As a warm-up starts."""
+    optimizer = natgrad.KFAC(network(), "mse", **{**mode, **({"momentum": 0.0} if mode is NUMERIC else {})})
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = values(optimizer)
+    train(optimizer, 0)
+    assert moved(optimizer, before) == set()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = torch.tensor(rate)
+    train(optimizer, 1)
+    assert len(moved(optimizer, before)) == 5

@@ -1,0 +1,203 @@
+"""Half precision costs no accuracy of the statistics; batches that overflow under a scaler leave no trace."""
+
+import argparse
+import inspect
+import typing
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import natgrad
+from kfac_cases import assert_same, every_mode, network, train, values
+from natgrad.experiments.bench.workloads.language import gpt
+from oracle import relative_error
+
+HALF: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "parameters": nullcontext,
+}
+
+
+def data(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(32, 3, generator=generator), torch.randint(3, (32,), generator=generator)
+
+
+def classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+Loop = Callable[[natgrad.KFAC, torch.amp.GradScaler, int, float], None]
+
+
+def zeroed_first(optimizer: natgrad.KFAC, scaler: torch.amp.GradScaler, seed: int, factor: float) -> None:
+    x, y = data(seed)
+    optimizer.zero_grad()
+    scaler.scale(factor * cross_entropy(optimizer.preconditioner.model(x), y)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def zeroed_last(optimizer: natgrad.KFAC, scaler: torch.amp.GradScaler, seed: int, factor: float) -> None:
+    """With zeros, and by the model."""
+    x, y = data(seed)
+    scaler.scale(factor * cross_entropy(optimizer.preconditioner.model(x), y)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.preconditioner.model.zero_grad(set_to_none=False)
+
+
+def clipped(optimizer: natgrad.KFAC, scaler: torch.amp.GradScaler, seed: int, factor: float) -> None:
+    x, y = data(seed)
+    optimizer.zero_grad()
+    scaler.scale(factor * cross_entropy(optimizer.preconditioner.model(x), y)).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(optimizer.preconditioner.model.parameters(), 1e6)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def zeroed_in_between(optimizer: natgrad.KFAC, scaler: torch.amp.GradScaler, seed: int, factor: float) -> None:
+    """As Lightning does."""
+    x, y = data(seed)
+    loss = factor * cross_entropy(optimizer.preconditioner.model(x), y)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def trained(loop: Loop, bad: set[int], options: dict[str, Any]) -> tuple[natgrad.KFAC, torch.amp.GradScaler]:
+    optimizer = natgrad.KFAC(classifier(), "cross_entropy", **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    for position in range(8):
+        if position in bad:
+            loop(optimizer, scaler, 100 + position, torch.inf)
+            loop(optimizer, scaler, 200 + position, 3e38)  # overflows only once it is scaled
+        loop(optimizer, scaler, position, 1.0)
+    return optimizer, scaler
+
+
+def learnt(optimizer: natgrad.KFAC) -> dict[str, Tensor]:
+    """All but the multipliers, which know by how much the scaler multiplies."""
+    return {name: t for name, t in values(optimizer).items() if not name.endswith(".multiplier")}
+
+
+@pytest.mark.parametrize("loop", [zeroed_first, zeroed_last, clipped])
+@pytest.mark.parametrize("inverse", ["cholesky", "ekfac"])
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_batches_that_overflow_leave_no_trace(loop: Loop, inverse: str, fisher: str) -> None:
+    """Bitwise: the scaler's factors are powers of two, and no draw is spent on a batch that was thrown away."""
+    options = {"inverse": inverse, "fisher": fisher, "factor_decay": 0.9}
+    plain, _ = trained(loop, set(), options)
+    spoilt, scaler = trained(loop, {0, 3, 4}, options)
+    assert scaler.get_scale() == 2.0**4
+    assert_same(learnt(spoilt), learnt(plain))
+    assert spoilt.preconditioner.steps == 8
+
+
+def test_a_batch_thrown_away_after_the_next_forward_pass_does_not_count() -> None:
+    """Its statistics go, though the draw for the next batch is another one then: with an exact Fisher there is none."""
+    options: dict[str, Any] = {"fisher": "exact", "factor_decay": 0.9}
+    plain, _ = trained(zeroed_in_between, set(), options)
+    spoilt, _ = trained(zeroed_in_between, {0, 3, 4}, options)
+    assert_same(learnt(spoilt), learnt(plain))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_accumulated_batches_all_count(fisher: str) -> None:
+    """The rule that drops statistics without a gradient must not drop those whose gradient is still there."""
+    whole, parts = (natgrad.KFAC(classifier(), "cross_entropy", fisher=fisher, batch_fraction=1.0) for _ in range(2))
+    for seed in range(3):
+        x, y = data(seed)
+        for optimizer, pieces in ((whole, 1), (parts, 4)):
+            optimizer.zero_grad()
+            for a, b in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+                (cross_entropy(optimizer.preconditioner.model(a), b) / pieces).backward()
+        for name, one in whole.preconditioner.factors().items() if seed else ():
+            other = parts.preconditioner.factors()[name]
+            assert all(relative_error(o, w) < 1e-4 for o, w in zip(other, one, strict=True))
+        whole.preconditioner.update()
+        parts.preconditioner.update()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_preconditioner_and_a_scaler(enabled: bool) -> None:
+    """The preconditioner comes between `unscale_` and the optimizer's step, and sees the overflow itself."""
+    runs = []
+    for bad in (set(), {0, 2}):
+        model = classifier()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        preconditioner = natgrad.Preconditioner(model, "cross_entropy", factor_decay=0.9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000, enabled=enabled)
+        for position in range(5):
+            for seed, factor in [*([(100 + position, torch.inf)] if position in bad else []), (position, 1.0)]:
+                x, y = data(seed)
+                sgd.zero_grad()
+                scaler.scale(factor * cross_entropy(model(x), y)).backward()
+                scaler.unscale_(sgd)
+                assert preconditioner.step() == (factor == 1.0)
+                scaler.step(sgd)
+                scaler.update()
+        runs.append({n: p.detach() for n, p in model.named_parameters()})
+    assert_same(runs[1], runs[0])
+
+
+@every_mode
+def test_a_double_precision_run_is_one_throughout(mode: dict[str, Any]) -> None:
+    """Numbers about the whole network apart, nothing is rounded to less."""
+    optimizer = natgrad.KFAC(network(torch.float64), "mse", **mode)
+    train(optimizer, 0, 1, 2)
+    small = {n: t.dtype for n, t in values(optimizer).items() if t.dtype != torch.float64}
+    assert {n.rpartition(".")[2] for n in small} <= {"step", "age", "multiplier", "promise"}
+    outside = values(optimizer)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        train(optimizer, 3)
+    assert all(t.dtype == outside[n].dtype for n, t in values(optimizer).items())
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_statistics_of_half_precision_are_single(half: str) -> None:
+    """The factors of rounded activations, not rounded factors: no entry would agree to 1e-5 otherwise."""
+    model = classifier().to(torch.bfloat16 if half == "parameters" else torch.float32)
+    optimizer = natgrad.KFAC(model, "cross_entropy", batch_fraction=1.0, lr=0.1, momentum=0.9)
+    x, y = data(0)
+    inputs: list[Tensor] = []
+    model[3].register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    with HALF[half]():
+        cross_entropy(model(x.to(next(model.parameters()).dtype)), y).backward()
+    optimizer.step()
+    rows = torch.cat([inputs[0].float(), torch.ones(32, 1)], dim=1)
+    A, G = optimizer.preconditioner.factors()["3"]
+    assert relative_error(A, rows.T @ rows / 32) < 1e-6
+    assert {A.dtype, G.dtype, optimizer.state[model[3].weight]["velocity"].dtype} == {torch.float32}
+
+
+def gpt_after(steps: int, half: bool) -> float:
+    """Held-out loss of a small GPT on sources of the standard library, after so many steps of plain `KFAC`."""
+    text = "".join(inspect.getsource(module) for module in (argparse, typing))
+    text = "".join(c for c in text if c.isascii())
+    workload = gpt("gpt", 1.0, text, width=32, blocks=1)
+    model, batches = workload.model(0), workload.batches(0)
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    for _ in range(steps):
+        x, y = next(batches)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = workload.loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+    return workload.evaluate(model)["loss"]
+
+
+@pytest.mark.slow
+def test_a_gpt_learns_as_well_under_autocast() -> None:
+    single, half = gpt_after(200, half=False), gpt_after(200, half=True)
+    assert single < 2.6  # from log 97 = 4.6
+    assert half == pytest.approx(single, rel=0.03)
