@@ -2,8 +2,9 @@
 The autoencoder
 ===============
 
-The article's deep autoencoder, at a quarter of its width: eight sigmoid layers, a code of 49 numbers, full batches. Adam settles on a blurred mean
-digit and takes thousands of steps to leave it. K-FAC is through in twenty. Both have the same processor time.
+The article's deep autoencoder, at a quarter of its width: eight sigmoid layers, a code of 49 numbers, full batches.
+Adam settles on a blurred mean digit and takes thousands of steps to leave it. K-FAC is through in twenty. Both have
+the same processor time.
 """
 
 import time
@@ -20,8 +21,9 @@ SECONDS = 12.0
 problem = Problem(Settings(width_divisor=4, images=1_000))
 
 # %%
-# The loss is half the squared error, summed over pixels and averaged over images. torch has no name for it, so natgrad
-# is given the likelihood: a Gaussian whose reduction is ``"batchmean"``. Nothing else is set. Adam's rate is the article's.
+# The loss is half the squared error, summed over pixels and averaged over images. torch has no name for it, so
+# natgrad is given the likelihood: a Gaussian whose reduction is ``"batchmean"``. Nothing else is set. Adam's rate is
+# the article's.
 
 loss = natgrad.likelihoods.Gaussian(reduction="batchmean")
 

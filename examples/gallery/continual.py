@@ -1,10 +1,10 @@
-"""
+r"""
 Continual learning
 ==================
 
-A network learns digits, then clothes them in a fixed permutation of the pixels, and forgets the first task. A quadratic penalty,
-:math:`\\tfrac{\\lambda}{2} (\\theta - \\theta_1)^\\top F (\\theta - \\theta_1)`, holds it back where the first task cares. With the whole
-Kronecker-factored block instead of its diagonal, it holds better.
+A network learns digits, then clothes them in a fixed permutation of the pixels, and forgets the first task. A
+quadratic penalty, :math:`\tfrac{\lambda}{2} (\theta - \theta_1)^\top F (\theta - \theta_1)`, holds it back where the
+first task cares. With the whole Kronecker-factored block instead of its diagonal, it holds better.
 """
 
 import matplotlib.pyplot as plt

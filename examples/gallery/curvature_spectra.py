@@ -3,8 +3,8 @@ Reading curvature spectra
 =========================
 
 Eigenvalues of a layer's block say how many directions the data care about, and how much damping will freeze. Here the
-blocks of a small classifier are computed three ways: exactly (a dense matrix by brute force), by K-FAC, and by EKFAC, which keeps
-K-FAC's eigenvectors and corrects the eigenvalues.
+blocks of a small classifier are computed three ways: exactly (a dense matrix by brute force), by K-FAC, and by EKFAC,
+which keeps K-FAC's eigenvectors and corrects the eigenvalues.
 """
 
 import matplotlib.pyplot as plt
@@ -27,7 +27,7 @@ def network() -> nn.Module:
 
 
 def dense_block(parameters: dict[str, Tensor]) -> Tensor:
-    """The exact GGN over [W b] of the first layer, (out · (in + 1), the same): mean over data of Jᵀ (diag p − p pᵀ) J."""
+    """The exact GGN over [W b] of the first layer, 800 × 800: the mean over data of Jᵀ (diag p − p pᵀ) J."""
 
     def output(matrix: Tensor, datum: Tensor) -> Tensor:
         moved = {**parameters, "0.weight": matrix[:, :-1], "0.bias": matrix[:, -1]}
@@ -71,9 +71,10 @@ for name, values in after.items():
     print(f"{name}: largest {values[0]:.3g}, sum {values.sum():.3g}, 90 % of it in {half} of {len(values)} directions")
 
 # %%
-# How to read it. A few directions hold almost all of the curvature; a long tail has next to none, and below the dotted line a
-# damping of that size decides the step. With the initial weights all three agree. After training K-FAC's spectrum, all products of two
-# short spectra, has too much in the tail; EKFAC has the exact diagonal in its basis, and so the exact sum.
+# How to read it. A few directions hold almost all of the curvature; a long tail has next to none, and below the
+# dotted line a damping of that size decides the step. With the initial weights all three agree. After training
+# K-FAC's spectrum, all products of two short spectra, has too much in the tail; EKFAC has the exact diagonal in its
+# basis, and so the exact sum.
 
 figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
 styles = {"exact": ("#333333", "-"), "K-FAC": ("#D55E00", "-"), "EKFAC": ("#0072B2", "--")}

@@ -1,9 +1,9 @@
-"""
+r"""
 The derivation in numbers
 =========================
 
-In a deep *linear* network with squared error, the Hessian of a layer is a Kronecker product, :math:`H = G \\otimes A`, and
-K-FAC's step is Newton's. Nothing is approximated; this page compares both sides, entry by entry.
+In a deep *linear* network with squared error, the Hessian of a layer is a Kronecker product, :math:`H = G \otimes A`,
+and K-FAC's step is Newton's. Nothing is approximated; this page compares both sides, entry by entry.
 """
 
 import matplotlib.pyplot as plt
@@ -49,7 +49,8 @@ left_over = torch.func.grad(loss_of)(after).norm().item()
 print(f"gradient before: {gradient.norm().item():.2e}, after: {left_over:.2e}")
 
 # %%
-# With one random vector per datum instead of one per output, G is noisy, and its error falls as the root of their number.
+# With one random vector per datum instead of one per output, G is noisy, and its error falls as the root of their
+# number.
 
 counts = [2**k for k in range(10)]
 errors: list[float] = []

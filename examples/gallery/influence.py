@@ -1,10 +1,11 @@
-"""
+r"""
 Influence of training examples
 ==============================
 
 Which training images made the network decide as it did? Leaving datum n out moves the weights by about
-:math:`\\tfrac1N F^{-1} \\nabla \\ell_n`, and so changes the loss at a test image by :math:`\\tfrac1N \\nabla \\ell^\\top F^{-1} \\nabla \\ell_n`.
-:meth:`~natgrad.curvature.Block.solve` makes that one line a layer. The same with itself finds labels that are wrong.
+:math:`\tfrac1N F^{-1} \nabla \ell_n`, and so changes the loss at a test image by :math:`\tfrac1N \nabla \ell^\top
+F^{-1} \nabla \ell_n`. :meth:`~natgrad.curvature.Block.solve` makes that one line a layer. The same with itself finds
+labels that are wrong.
 """
 
 import matplotlib.pyplot as plt
@@ -58,19 +59,18 @@ damped = {name: 0.1 * block.trace().item() / block.spectrum.numel() for name, bl
 solved = {name: block.solve(train[name], damped[name]) for name, block in blocks.items()}
 
 # %%
-# A datum's influence on itself is large where the network had to bend for it. Among the images with the most are those whose labels
-# were changed.
+# A datum's influence on itself is large where the network had to bend for it. Among the images with the most are
+# those whose labels were changed.
 
 itself = sum((solved[name] * train[name]).sum((1, 2)) for name in blocks)
 assert isinstance(itself, Tensor)
 suspects = itself.argsort(descending=True)
 found = torch.isin(suspects, wrong).cumsum(0)
-print(
-    f"{found[WRONG - 1]} of the {WRONG} wrong labels are among the {WRONG} images with the largest influence on themselves"
-)
+print(f"of the {WRONG} images with the largest influence on themselves, {found[WRONG - 1]} have a wrong label")
 
 # %%
-# For three test images: the training images that helped most, and those that hurt most. Titles are the labels used in training.
+# For three test images: the training images that helped most, and those that hurt most. Titles are the labels used in
+# training.
 
 picked = [10_008, 10_018, 10_050]
 test = gradients(images[picked], labels[picked])

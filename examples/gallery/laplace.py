@@ -2,9 +2,9 @@
 Laplace approximation
 =====================
 
-A classifier trained to a low loss is sure of itself everywhere, also far from any datum. Its curvature knows better: the
-posterior of the weights is about a Gaussian around the trained ones, with the inverse of N times the loss's curvature plus
-the prior's for its covariance. :func:`natgrad.curvature` gives that, layer by layer.
+A classifier trained to a low loss is sure of itself everywhere, also far from any datum. Its curvature knows better:
+the posterior of the weights is about a Gaussian around the trained ones, with the inverse of N times the loss's
+curvature plus the prior's for its covariance. :func:`natgrad.curvature` gives that, layer by layer.
 """
 
 import math
@@ -40,8 +40,8 @@ accuracy = (model(x).argmax(dim=1) == y).float().mean().item()
 print(f"training accuracy {accuracy:.1%}")
 
 # %%
-# The loss is a mean, so the log posterior's curvature is N times the block, plus the prior's precision. The variance of the outputs at
-# a point is J (N F + τ I)⁻¹ Jᵀ, and ``block.solve`` does the inverse.
+# The loss is a mean, so the log posterior's curvature is N times the block, plus the prior's precision. The variance
+# of the outputs at a point is J (N F + τ I)⁻¹ Jᵀ, and ``block.solve`` does the inverse.
 
 blocks = natgrad.curvature(model, x, y, "cross_entropy", fisher="exact")
 parameters = {name: p.detach() for name, p in model.named_parameters()}

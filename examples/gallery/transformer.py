@@ -2,9 +2,9 @@
 Fine-tuning a small transformer
 ===============================
 
-A transformer that knows how to reverse a sequence of digits is to sort it instead. AdamW, at the best of three rates, and K-FAC with
-nothing set go on from the same weights. ``nn.MultiheadAttention``, embeddings and layer norms all have blocks, so the
-training loop is the usual one.
+A transformer that knows how to reverse a sequence of digits is to sort it instead. AdamW, at the best of three rates,
+and K-FAC with nothing set go on from the same weights. ``nn.MultiheadAttention``, embeddings and layer norms all have
+blocks, so the training loop is the usual one.
 """
 
 import time
@@ -64,8 +64,8 @@ print(f"reversing, after pretraining: loss {loss.item():.3f}")
 print(natgrad.describe(pretrained))
 
 # %%
-# Fine-tuning: 256 fresh sequences a step, the same processor time for all. K-FAC is given the loss module that the loop
-# calls, and so sees the flattened positions as the loss does.
+# Fine-tuning: 256 fresh sequences a step, the same processor time for all. K-FAC is given the loss module that the
+# loop calls, and so sees the flattened positions as the loss does.
 
 held_out = draw(1_000, torch.Generator().manual_seed(2))
 
@@ -99,7 +99,8 @@ for name, (_, curve) in runs.items():
     print(f"{name}: {len(curve) - 1} steps, accuracy {curve[-1][1]:.2%}")
 
 # %%
-# Left, how the accuracy grew. Right, what the network says about one sequence, from the top: which digit, at each position.
+# Left, how the accuracy grew. Right, what the network says about one sequence, from the top: which digit, at each
+# position.
 
 figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", width_ratios=[1.8, 1, 1])
 for (name, (_, curve)), colour in zip(runs.items(), ("#9BD7FA", "#4FA8E8", "#0072B2", "#D55E00"), strict=True):
