@@ -30,8 +30,6 @@ autodoc_typehints = "none"  # they stand in the signatures' source; what matters
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-# Sections of natgrad's docstrings that napoleon does not know.
-napoleon_custom_sections = [("Sources", "References"), ("Source", "References")]
 copybutton_prompt_text = r">>> |\$ "
 copybutton_prompt_is_regexp = True
 

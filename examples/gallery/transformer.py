@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import natgrad
 
-LENGTH, DIGITS, WIDTH, SECONDS = 8, 10, 32, 10.0
+LENGTH, DIGITS, WIDTH, SECONDS = 8, 10, 32, 6.0
 torch.manual_seed(0)
 
 
@@ -54,7 +54,7 @@ def loss_of(model: nn.Module, digits: Tensor, target: Tensor) -> Tensor:
 pretrained = Transformer()
 generator = torch.Generator().manual_seed(1)
 adamw = torch.optim.AdamW(pretrained.parameters(), lr=3e-3)
-for _ in range(150):
+for _ in range(120):
     digits = draw(128, generator)
     adamw.zero_grad()
     loss = loss_of(pretrained, digits, digits.flip(1))
