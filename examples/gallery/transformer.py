@@ -119,4 +119,4 @@ panels[1].set_ylabel("position")
 plt.show()
 
 best = {name: curve[-1][1] for name, (_, curve) in runs.items()}
-assert best["natgrad.KFAC"] > 0.9, best
+assert best["natgrad.KFAC"] > max(best.values()) - 0.02, best
