@@ -73,7 +73,7 @@ def test_errors_and_sources_are_told(name: str) -> None:
 def test_methods_tell_their_errors(name: str) -> None:
     for method, function in vars(getattr(natgrad, name)).items():
         if not method.startswith("_") and inspect.isfunction(function) and raises(function):
-            assert "Raises:" in inspect.getdoc(function), f"{name}.{method}"
+            assert re.search(r"Raises:|^Raise a ", inspect.getdoc(function)), f"{name}.{method}"
 
 
 def test_tensors_have_shapes() -> None:

@@ -2,9 +2,9 @@ r"""
 Continual learning
 ==================
 
-A network learns digits, then the same digits with shuffled pixels, and forgets some of the first task. A
-quadratic penalty, :math:`\tfrac{\lambda}{2} (\theta - \theta_1)^\top F (\theta - \theta_1)`, holds it back where the
-first task cares. With the whole Kronecker-factored block instead of its diagonal, it holds better.
+A network learns digits, then the same digits with shuffled pixels, and forgets some of the first task. A quadratic
+penalty, :math:`\tfrac{\lambda}{2} (\theta - \theta_1)^\top F (\theta - \theta_1)`, holds it back where the first task
+cares. With the whole Kronecker-factored block instead of its diagonal, it holds better.
 """
 
 import matplotlib.pyplot as plt
@@ -29,7 +29,7 @@ model = nn.Sequential(nn.Linear(196, 64), nn.Tanh(), nn.Linear(64, 10))
 @torch.no_grad()
 def accuracy(x: Tensor) -> float:
     """On test images."""
-    return (model(x).argmax(dim=1) == y_test).float().mean().item()
+    return float((model(x).argmax(dim=1) == y_test).float().mean())
 
 
 optimizer = natgrad.KFAC(model, "cross_entropy")

@@ -31,7 +31,8 @@ def dense_block(parameters: dict[str, Tensor]) -> Tensor:
 
     def output(matrix: Tensor, datum: Tensor) -> Tensor:
         moved = {**parameters, "0.weight": matrix[:, :-1], "0.bias": matrix[:, -1]}
-        return torch.func.functional_call(model, moved, (datum,))
+        logits: Tensor = torch.func.functional_call(model, moved, (datum,))
+        return logits
 
     here = torch.cat([parameters["0.weight"], parameters["0.bias"][:, None]], dim=1)
     total = torch.zeros(here.numel(), here.numel())

@@ -6,6 +6,8 @@ In a deep *linear* network with squared error, the Hessian of a layer is a Krone
 and K-FAC's step is Newton's. Nothing is approximated; this page compares both sides, entry by entry.
 """
 
+from typing import cast
+
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
 model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 3))
 x, y = torch.randn(40, 4) @ torch.randn(4, 4), torch.randn(40, 3)
-layer = model[1]
+layer = cast(nn.Linear, model[1])
 
 # %%
 # The left side, by brute force: differentiate the loss twice in the middle layer's matrix [W b].

@@ -8,6 +8,8 @@ F^{-1} \nabla \ell_n`. :meth:`~natgrad.curvature.Block.solve` makes that one lin
 labels that are wrong.
 """
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
@@ -78,7 +80,8 @@ influence = sum(torch.einsum("toi,noi->tn", test[name], solved[name]) for name i
 assert isinstance(influence, Tensor)
 
 figure = plt.figure(figsize=(11, 6.2), layout="constrained")
-top, bottom = figure.subfigures(2, 1, height_ratios=[3, 1.7])
+parts: Any = figure.subfigures(2, 1, height_ratios=[3, 1.7])
+top, bottom = parts
 panels = top.subplots(3, 9)
 for row, (index, effect) in enumerate(zip(picked, influence, strict=True)):
     order = effect.argsort(descending=True)

@@ -49,7 +49,8 @@ parameters = {name: p.detach() for name, p in model.named_parameters()}
 
 def outputs(moved: dict[str, Tensor], point: Tensor) -> Tensor:
     """The three logits at one point."""
-    return torch.func.functional_call(model, moved, (point,))
+    logits: Tensor = torch.func.functional_call(model, moved, (point,))
+    return logits
 
 
 def predict(points: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def train(rate: float | None) -> tuple[Poisson, list[tuple[float, float]]]:
 @torch.no_grad()
 def relative_error(model: Poisson) -> float:
     """Of u on the grid, in the root mean square."""
-    return ((model.values(grid)[:, 0] - exact).norm() / exact.norm()).item()
+    return float((model.values(grid)[:, 0] - exact).norm() / exact.norm())
 
 
 rates = (1e-3, 3e-3, 1e-2, 2e-2, 5e-2)

@@ -9,6 +9,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from torch import Tensor
 import natgrad
 from natgrad.damping import Damping
 from natgrad.experiments.runfolder import processor
-from natgrad.inverses import INVERSES
+from natgrad.inverses import INVERSES, Inverse
 
 # Of the measured products and factors: a middling layer's, so that a laptop is done in a few seconds.
 SIZE = 512
@@ -72,10 +73,13 @@ def measure(device: torch.device) -> dict[str, float]:
         "bfloat16": flops / _seconds(lambda: half @ half),
     }
     factor = square @ square.T / SIZE
-    damping = Damping(0.1, 0.1)
     for name, inverse in INVERSES.items():
-        rates[name] = 1e3 * _seconds(lambda i=inverse: next(iter(i.factorize(factor, factor, damping).values())))
+        rates[name] = 1e3 * _seconds(partial(_factorize, inverse, factor))
     return rates
+
+
+def _factorize(inverse: Inverse, factor: Tensor) -> Tensor:
+    return next(iter(inverse.factorize(factor, factor, Damping(0.1, 0.1)).values()))
 
 
 def shown(rates: Mapping[str, float]) -> dict[str, str]:
