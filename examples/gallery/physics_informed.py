@@ -61,7 +61,7 @@ def relative_error(model: Poisson) -> float:
     return float((model.values(grid)[:, 0] - exact).norm() / exact.norm())
 
 
-rates = (1e-3, 3e-3, 1e-2, 2e-2, 5e-2)
+rates = (1e-2, 2e-2, 5e-2, 1e-1, 2e-1)
 adams = {rate: train(rate) for rate in rates}
 for rate, (_, curve) in adams.items():
     print(f"Adam, rate {rate:g}: relative error {curve[-1][1]:.2e}")
