@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Threads that spin while they wait make small factorizations many times slower as soon as another process is busy.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint types test-slow test-frameworks plant-bugs bench clean
+.PHONY: demo test lint types test-slow test-frameworks docs plant-bugs bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,6 +39,11 @@ test-frameworks: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,frameworks]'
 	$(BIN)/python -m pytest -q -m frameworks
 
+## The site, into build/docs: runs the gallery, and takes warnings for errors.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python -m sphinx -W --keep-going --fresh-env docs build/docs
+
 ## Typical bugs, planted one at a time in a copy of the package: a test must find each.
 plant-bugs: $(READY)
 	$(BIN)/python tests/plant_bugs.py
@@ -54,4 +59,4 @@ bench: $(READY)
 	$(BIN)/natgrad bench run --out benchmarks/results/rivals
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist docs/gallery docs/sg_execution_times.rst

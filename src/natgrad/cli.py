@@ -21,6 +21,7 @@ from rich.console import Console
 import natgrad
 from natgrad.experiments import compare as comparison
 from natgrad.experiments import demo as preset
+from natgrad.experiments import doctor as diagnosis
 from natgrad.experiments import experiment
 from natgrad.experiments import newton as derivation
 from natgrad.experiments.bench.commands import app as bench
@@ -31,7 +32,7 @@ from natgrad.layers import Sharing
 from natgrad.verify import MAX_PARAMETERS
 
 # Typer's own tracebacks print every local variable, tensors included.
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
 
 # The options' own default is None, so that a resumed run knows which ones were given.
@@ -125,6 +126,12 @@ def report(
 def demo(out: Annotated[Path, typer.Option(help="Run folder, replaced.")] = preset.OUT) -> None:
     """Adam and K-FAC side by side in a few minutes."""
     raise typer.Exit(preset.demo(out, Console()))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine is, how fast K-FAC's parts are on it, and what to change."""
+    diagnosis.doctor(Console())
 
 
 @app.command()

@@ -50,6 +50,11 @@ class Distributed:
 
     Raises:
         ValueError: where ``inverses`` is none of these.
+
+    Example:
+        >>> import natgrad
+        >>> model = nn.Linear(3, 2)
+        >>> optimizer = natgrad.KFAC(natgrad.Distributed(model, inverses="memory"), loss="mse")
     """
 
     model: nn.Module

@@ -80,7 +80,7 @@ class Likelihood(ABC):
         return self.hessian_product(output, moved - output)
 
     def reach(self, output: Tensor, gradient: Tensor) -> Tensor | None:
-        """The largest |∇c| that a target allows, of each entry, with the sign of ``gradient``; None if there is none.
+        """The largest size of ∇c that a target allows, of each entry, with the sign of ``gradient``; None if unbounded.
 
         Args:
             output: As everywhere.

@@ -60,6 +60,8 @@ class KFAC(torch.optim.Optimizer):
         >>> optimizer.zero_grad()
         >>> torch.nn.functional.mse_loss(model(x), y).backward()
         >>> optimizer.step()
+
+    Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7, for automatic rate and momentum.
     """
 
     def __init__(

@@ -223,6 +223,9 @@ class Preconditioner:
             False if the step must be skipped: something is not finite or does not stand, or there was no backward pass
             and all gradients are zero. The latter is how checkpoint tools make an optimizer create its state; it is not
             counted as a step.
+
+        Raises:
+            RuntimeError: as for ``step``.
         """
         batch = self.capture.take()
         reshard(self.model)

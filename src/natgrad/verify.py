@@ -5,6 +5,8 @@ one backward pass a row and none of natgrad's hooks. Where that would take too l
 report says so: of too many data, some; of too large a layer, the products of the block with random vectors,
 
     relative error ≈ √( Σ_k ‖(B̂ − B) v_k‖² / Σ_k ‖B v_k‖² ),    v_k standard normal.
+
+Source: Martens (2020), arXiv:1412.1193, of the generalized Gauss-Newton matrix.
 """
 
 import math

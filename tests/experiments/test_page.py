@@ -18,8 +18,9 @@ from natgrad.experiments.settings import Settings, SettingsError
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEPS = 6
 PICTURES = 2 * (1 + 6)  # of two contestants: the originals, and after 0, 1, 2, 3, 4 and 6 steps
-# Two losses over two axes, and eight charts of K-FAC: its step, and damping, condition and step of each layer.
-CHARTS = 4 + 8
+# Two losses over two axes; eight charts of K-FAC: its step, and damping, condition and step of each layer; and the
+# spectra of both factors of eight layers.
+CHARTS = 4 + 8 + 16
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def charts(text):
 
 def test_the_page_is_small_and_holds_everything_itself(page):
     text = page.read_text()
-    assert page.stat().st_size < 300_000  # of two megabytes at most; a long run has more points and pictures
+    assert page.stat().st_size < 400_000  # of two megabytes at most; a long run has more points and pictures
     assert not re.findall(r'(?:src|href)="(?!data:)|url\(|@import|https?:', text)
     assert text.count("data:image/png;base64,") == PICTURES
     assert "<i>two" not in text
@@ -71,6 +72,12 @@ def test_the_charts_show_what_was_measured(page, runs):
     assert [float(line[0][3]) for line in damping["lines"]] == pytest.approx(
         [first[f"damping_a/{2 * i}"] for i in range(8)], rel=1e-3
     )
+    spectrum = found["Eigenvalues of G, layer 14 over steps"]
+    assert spectrum["names"] == ["largest", "top tenth from", "median", "damping"]  # the rest is zero with 48 images
+    sampled = [r for r in records["kfac"] if "eigenvalue_g@0.5/14" in r.diagnostics]
+    assert [r.step for r in sampled] == [0, 1, 2, 3, 4]  # as often as the pictures
+    median = [float(point[3]) for point in spectrum["lines"][2]]
+    assert median == pytest.approx([r.diagnostics["eigenvalue_g@0.5/14"] for r in sampled], rel=1e-3)
 
 
 def test_the_tables_are_those_of_the_other_commands(page):

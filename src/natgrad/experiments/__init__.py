@@ -7,8 +7,10 @@
 - `runfolder`, `curves`: what a run writes, and reading it back (with the curves recorded in 2017).
 - `samples`: what is recorded at some steps only: numbers of each layer, pictures.
 - `progress`, `thresholds`, `table`, `plot`: what is shown, while it runs and after.
-- `charts`, `internals`, `colours`, `page`: the same and more as a page for the browser, with `html/` as its template.
+- `charts`, `internals`, `spectra`, `colours`, `page`: the same and more as a page for the browser, with the template
+  `html/`.
 - `experiment`, `compare`, `demo`: the three of them put together, one function each; `natgrad.cli` calls them.
+- `doctor`: whether this machine is set up to be fast.
 - `bench`: the benchmark suite.
 
 Everything here needs the extra ``natgrad[experiments]``; the library itself needs torch alone.

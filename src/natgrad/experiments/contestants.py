@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 import natgrad
+from natgrad.experiments import spectra
 from natgrad.experiments.autoencoder import Problem, half_squared_error, network
-from natgrad.experiments.samples import LAYERS_PER_DOUBLING, is_sampled
+from natgrad.experiments.samples import LAYERS_PER_DOUBLING, PICTURES_PER_DOUBLING, is_sampled
 from natgrad.experiments.settings import Settings, SettingsError
 
 
@@ -35,6 +36,12 @@ class Method:
         if isinstance(self.optimizer, natgrad.KFAC):
             return self.optimizer.diagnostics(per_layer)
         return {}
+
+    def spectra(self) -> dict[str, float]:
+        """Quantiles of the eigenvalues of the K-FAC part's factors."""
+        optimizer = self.optimizer
+        owner = optimizer.preconditioner if isinstance(optimizer, natgrad.KFAC) else self.preconditioner
+        return {} if owner is None else spectra.told(owner.factors())
 
 
 Builder = Callable[[nn.Module, Settings], Method]
@@ -147,6 +154,8 @@ class Contestant:
         self.step += 1
         self.diverged = not math.isfinite(train_loss)
         told = self._method.diagnostics(per_layer=is_sampled(step, LAYERS_PER_DOUBLING))
+        if is_sampled(step, PICTURES_PER_DOUBLING):
+            told |= self._method.spectra()
         diagnostics = {key: _finite(value) for key, value in told.items()}
         return Record(self.name, step, _finite(train_loss), _finite(test_loss), seconds, diagnostics)
 

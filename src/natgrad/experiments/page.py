@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 from rich.console import Console
 
+from natgrad.experiments import spectra
 from natgrad.experiments.charts import Chart, Drawing, Series, draw
 from natgrad.experiments.colours import COLOURS, GREY, INK, Colour
 from natgrad.experiments.compare import read_runs
@@ -93,6 +94,7 @@ def _render(folder: Path, runs: Sequence[Run], records: Sequence[list[Record]]) 
         originals=_data(folder / DIGITS / ORIGINALS),
         pictures={LABELS.get(name, name): found for name in run.curves if (found := _pictures(folder, name, own))},
         internals={LABELS.get(n, n): drawn for n in run.curves if (drawn := _drawn(internals(n, own)))},
+        spectra={LABELS.get(n, n): drawn for n in run.curves if (drawn := _drawn(_spectra(n, own)))},
         sheets=sheets(runs),
         environment=json.loads((folder / ENVIRONMENT).read_text()),
         settings=run.settings.to_json(),
@@ -101,6 +103,10 @@ def _render(folder: Path, runs: Sequence[Run], records: Sequence[list[Record]]) 
 
 def _drawn(charts: Sequence[Chart]) -> list[Drawing]:
     return [drawing for chart in charts if (drawing := draw(chart)) is not None]
+
+
+def _spectra(optimizer: str, records: Sequence[Record]) -> list[Chart]:
+    return spectra.charts([(float(r.step), r.diagnostics) for r in records if r.optimizer == optimizer])
 
 
 def _losses(runs: Sequence[Run], records: Sequence[list[Record]]) -> list[Chart]:

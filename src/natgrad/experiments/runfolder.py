@@ -186,14 +186,15 @@ def environment(threads: int | None) -> dict[str, Any]:
         "natgrad": natgrad.__version__,
         "torch": torch.__version__,
         "threads": threads or torch.get_num_threads(),
-        "processor": _processor(),
+        "processor": processor(),
         "processors": os.cpu_count(),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of this machine's processor."""
     # On Linux `platform.processor()` is empty or just the architecture; the kernel knows the model.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

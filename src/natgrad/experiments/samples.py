@@ -9,7 +9,8 @@ import math
 from PIL import Image
 from torch import Tensor
 
-# Eight a doubling, a run of 10,000 steps tells of each layer about 90 times; two a doubling, it leaves 27 pictures.
+# Eight a doubling, a run of 10,000 steps tells of each layer about 90 times; two a doubling, it leaves 27 pictures, and
+# tells as often of each layer's eigenvalues.
 LAYERS_PER_DOUBLING, PICTURES_PER_DOUBLING = 8, 2
 SIDE = 28
 

@@ -86,7 +86,7 @@ def source(points: Tensor) -> Tensor:
 
 def poisson(name: str, seconds: float, width: int = 64, depth: int = 4, batch: int = 1_000) -> Workload:
     """Fresh points at every step; ``error`` is that of u relative to the exact one, in the root mean square."""
-    held_out = _points(HELD_OUT, torch.Generator().manual_seed(0))
+    held_out = collocation(HELD_OUT, torch.Generator().manual_seed(0))
     axis = torch.linspace(0, 1, GRID)
     grid = torch.cartesian_prod(axis, axis)
     exact = solution(grid)
@@ -94,7 +94,7 @@ def poisson(name: str, seconds: float, width: int = 64, depth: int = 4, batch: i
     def batches(seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield _points(batch, generator), torch.zeros(batch, 4)
+            yield collocation(batch, generator), torch.zeros(batch, 4)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, Poisson)
@@ -113,7 +113,7 @@ def poisson(name: str, seconds: float, width: int = 64, depth: int = 4, batch: i
     )
 
 
-def _points(count: int, generator: torch.Generator) -> Tensor:
+def collocation(count: int, generator: torch.Generator) -> Tensor:
     """Uniform inside, and uniform on the four sides: (count, 4)."""
     inside = torch.rand(count, 2, generator=generator)
     along = torch.rand(count, generator=generator)
