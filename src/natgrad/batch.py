@@ -6,7 +6,6 @@ make A and G in units of the loss.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -347,11 +346,6 @@ def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:
         only = torch.zeros_like(rows)
         only[:, position] = rows[:, position]
         yield only.flatten(0, 1)
-
-
-def no_autocast(device: str) -> AbstractContextManager[Any]:
-    """Keep products in the precision of their factors."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def is_there(gradient: Tensor | None) -> bool:
