@@ -109,7 +109,7 @@ def test_sums_follow_the_formulas_of_the_modules(sharing: str, N: int, S: int, B
     expected_A, expected_G, weight = 0, 0, 0
     for seed, data in ((0, N), (1, 2 * N)):
         x, g = random(*leading, data, S, 3, seed=seed), random(*leading, data, S, 2, seed=10 + seed)
-        statistics.add_inputs(moment(x, bias, sharing, False), slice(None))
+        statistics.add_inputs(moment(x, bias, sharing, False), slice(None), 1.0)
         statistics.add_gradients(moment(g, False, sharing, False).total, slice(None), 0.5)
         x = with_ones(x) if bias else x
         rows_x, rows_g = (t.flatten(-3, -2) if sharing == "expand" else t.sum(-2) for t in (x, g))
@@ -125,8 +125,8 @@ def test_a_call_counts_for_the_blocks_that_took_part() -> None:
     """As in cross-attention, whose query sees other inputs than key and value; one block takes no part at all."""
     statistics = Statistics(4)
     query, other = random(5, 2, 3), random(5, 7, 3, seed=1)
-    statistics.add_inputs(moment(query, True, "expand", False), slice(0, 1))
-    statistics.add_inputs(moment(other, True, "expand", False), slice(1, 3))
+    statistics.add_inputs(moment(query, True, "expand", False), slice(0, 1), 1.0)
+    statistics.add_inputs(moment(other, True, "expand", False), slice(1, 3), 1.0)
     statistics.add_gradients(torch.ones(2, 2, 2), slice(1, 3), 1.0)
     A, G = statistics.factors(1.0, torch.zeros(4, 2, 2))
     means = [with_ones(x).flatten(0, 1) for x in (query, other, other)]
@@ -146,9 +146,21 @@ def test_half_precision_rows_are_summed_in_single_precision(sharing: str, diagon
     assert torch.equal(total, torch.full((2, 1 if diagonal else 2), value, dtype=torch.float32))
 
 
+def test_rows_that_stand_for_others_count_for_them() -> None:
+    """Half of one call's data and all of another's: A is that of all data in expectation, and not of the rows seen."""
+    half, other = random(4, 1, 3), random(6, 1, 3, seed=1)
+    statistics, repeated = Statistics(None), Statistics(None)
+    for x, weight, copies in ((half, 2.0, [half, half]), (other, 1.0, [other])):
+        statistics.add_inputs(moment(x, False, "expand", False), slice(None), weight)
+        repeated.add_inputs(moment(torch.cat(copies), False, "expand", False), slice(None), 1.0)
+    zero = torch.zeros(2, 2)
+    torch.testing.assert_close(statistics.factors(1.0, zero)[0], repeated.factors(1.0, zero)[0])
+    assert (statistics.rows, repeated.rows) == (10, 14)
+
+
 def test_without_gradients_the_given_factor_stands_for_theirs() -> None:
     statistics = Statistics(None)
-    statistics.add_inputs(moment(random(4, 1, 3), False, "expand", False), slice(None))
+    statistics.add_inputs(moment(random(4, 1, 3), False, "expand", False), slice(None), 1.0)
     zero = torch.zeros(2, 2)
     assert statistics.factors(1.0, zero)[1] is zero
     assert len(list(statistics.tensors())) == 1

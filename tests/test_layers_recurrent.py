@@ -137,7 +137,7 @@ class Classifier(nn.Module):
 )
 def test_inputs_that_cannot_be_replayed_say_so(x: Any, text: str) -> None:
     model = Classifier(nn.LSTM(3, 4, batch_first=True)).float()
-    natgrad.Preconditioner(model, "mse")
+    _kept = natgrad.Preconditioner(model, "mse")
     x = x.float()
     with pytest.raises(ValueError, match=text):
         model(x)
@@ -147,7 +147,7 @@ def test_inputs_that_cannot_be_replayed_say_so(x: Any, text: str) -> None:
 
 def test_cells_without_a_batch_say_so() -> None:
     model = nn.Sequential(nn.GRUCell(3, 4))
-    natgrad.Preconditioner(model, "mse")
+    _kept = natgrad.Preconditioner(model, "mse")
     with pytest.raises(ValueError, match=r"without a batch dimension: use `x.unsqueeze\(0\)`"):
         model(torch.randn(3))
 

@@ -312,7 +312,7 @@ def test_losses_that_are_refused(told: Any, error: type[Exception], text: str) -
 
 def test_a_variance_that_the_model_learns_is_refused() -> None:
     model, told = stack([3, 4]), nn.GaussianNLLLoss()
-    natgrad.Preconditioner(model, told)
+    _kept = natgrad.Preconditioner(model, told)
     mean, log_variance = model(torch.randn(5, 3)).chunk(2, 1)
     with pytest.raises(ValueError, match=r"variance that the model learns.*MeanVariance"):
         told(mean, torch.randn(5, 2), log_variance.exp())
@@ -320,7 +320,7 @@ def test_a_variance_that_the_model_learns_is_refused() -> None:
 
 def test_logits_of_a_wrong_shape_are_refused() -> None:
     model, told = stack([3, 1]), nn.CrossEntropyLoss()
-    natgrad.Preconditioner(model, told)
+    _kept = natgrad.Preconditioner(model, told)
     with pytest.raises(ValueError, match="at least two classes"):
         told(model(torch.randn(5, 3)), torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match=r"needs an output of shape \(N, 2, …\)"):

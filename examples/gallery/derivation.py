@@ -16,9 +16,8 @@ from torch.nn.functional import mse_loss
 import natgrad
 
 torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 3))
-x, y = torch.randn(40, 4) @ torch.randn(4, 4), torch.randn(40, 3)
+model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 3)).double()
+x, y = torch.randn(40, 4).double() @ torch.randn(4, 4).double(), torch.randn(40, 3).double()
 layer = cast(nn.Linear, model[1])
 
 # %%

@@ -6,6 +6,7 @@ make A and G in units of the loss.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -351,3 +352,8 @@ def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:
 def is_there(gradient: Tensor | None) -> bool:
     """Whether there is a gradient; of one that is spread over processes, only whether there is a tensor."""
     return gradient is not None and (type(gradient) is not Tensor or bool(gradient.any()))
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """Without the user's autocast, on a type of device that may know none."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -13,7 +13,7 @@ arrive during the user's ``backward()``. So do, at the edges, the samples that t
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Call, Fisher, Forward, is_there, one_position_each, shuffled, source
+from natgrad.batch import Batch, Call, Fisher, Forward, full_precision, is_there, one_position_each, shuffled, source
 from natgrad.distributed import World
 from natgrad.factors import ROWS_PER_DIMENSION, Statistics
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled
@@ -263,7 +263,7 @@ class Capture:
         output = forward.output
         if forward.uses:
             # The user's autocast would round the products of rows to half precision.
-            with torch.no_grad(), _no_autocast(output.device.type):
+            with torch.no_grad(), full_precision(output.device.type):
                 for use in forward.uses:
                     rows = torch.cat([call.layer.inputs(call.x) for call in use], dim=-2)
                     moment = use[0].layer.input_moment(rows, self.sharing[use[0].owner.name])
@@ -333,7 +333,7 @@ class Capture:
         """Add the user's gradients; there is none at a call that the loss does not depend on."""
         grads = [call.g for call in use]
         if any(g is not None for g in grads):
-            with torch.no_grad(), _no_autocast(use[0].x.device.type):
+            with torch.no_grad(), full_precision(use[0].x.device.type):
                 self._add_gradients(use, grads, 1.0)
             for call in use:
                 call.g = None
@@ -398,7 +398,3 @@ class Capture:
     def drop(self) -> None:
         """Forget what was captured."""
         self._earlier, self._open, self.batch = None, [], Batch(self.loss, self.fisher)
-
-
-def _no_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -49,11 +49,11 @@ class Distributed:
         process_group: The ranks whose gradients are averaged; by default those of the model's wrapper, or all.
 
     Raises:
-        ValueError: where ``inverses`` is none of these.
+        ValueError: by natgrad, where ``inverses`` is none of these.
 
     Example:
         >>> import natgrad
-        >>> model = nn.Linear(3, 2)
+        >>> model = nn.Linear(3, 2)  # in training: DistributedDataParallel(model)
         >>> optimizer = natgrad.KFAC(natgrad.Distributed(model, inverses="memory"), loss="mse")
     """
 

@@ -311,7 +311,7 @@ class Preconditioner:
             By key. Those of an inverse are there once it was computed, since construction or loading.
 
             - ``skipped_steps``: left out because something was not finite, since construction.
-            - ``traffic``: bytes of natgrad's messages that this rank took part in, without the gradients' own.
+            - ``traffic``: of several ranks, bytes of natgrad's messages that this one took part in.
             - ``inverse_age``, ``inverse_age/<layer>``: steps since the inverse was computed; of all, the oldest's.
             - ``damping_a``, ``damping_a/<layer>``: added to A, in squared units of the layer's input; of all, the mean.
             - ``damping_g``, ``damping_g/<layer>``: added to G, in loss over squared units of the layer's output.
@@ -324,7 +324,9 @@ class Preconditioner:
         held = {name: state for name, state in self.states().items() if per_layer and self.world.holds(name)}
         applied, latest = self.metric.applied, self.steps - 1
         values = diagnostics.summary(applied, latest) | diagnostics.of_inverses(held, applied, latest)
-        values |= {"skipped_steps": self.skipped_steps, "traffic": self.world.traffic.total()}
+        values["skipped_steps"] = self.skipped_steps
+        if self.world.size > 1:
+            values["traffic"] = self.world.traffic.total()
         return diagnostics.numbers(values)
 
     def state_dict(self) -> dict[str, Any]:
