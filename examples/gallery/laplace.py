@@ -87,4 +87,4 @@ plt.show()
 near = predict(x)[1]
 assert (near.argmax(dim=1) == y).float().mean() > accuracy - 0.02
 assert alone.amax(1)[corners].mean() > averaged.amax(1)[corners].mean() + 0.1
-assert near.amax(1).mean() > averaged.amax(1)[corners].mean() + 0.1
+assert near.amax(1).mean() > averaged.amax(1)[corners].mean() + 0.04

@@ -182,7 +182,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def environment(threads: int | None) -> dict[str, Any]:
     """What timings depend on besides the settings; ``threads`` is None where torch chose them."""
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "natgrad": natgrad.__version__,
         "torch": torch.__version__,
         "threads": threads or torch.get_num_threads(),

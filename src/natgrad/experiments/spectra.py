@@ -64,5 +64,5 @@ def _points(told: Sequence[tuple[float, Mapping[str, float | None]]], key: str) 
 def _spectrum(factor: Tensor) -> Tensor:
     if factor.shape[-1] == 1:
         return factor.flatten()
-    spectrum: Tensor = torch.linalg.eigvalsh(factor).flatten()
+    spectrum: Tensor = torch.linalg.eigvalsh(factor.double()).flatten()
     return spectrum
