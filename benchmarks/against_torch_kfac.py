@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -105,34 +106,18 @@ def _preconditioner(model: nn.Module, workload: Workload, period: int) -> Step:
     return training(model, workload, own.step, sgd(model))
 
 
-@peer("kfac_pytorch", "kfac_pytorch", "kfac_pytorch")
-def _kfac_pytorch(model: nn.Module, workload: Workload, period: int) -> Step:
-    return _kfac_pytorch_by(model, workload, period, "eigen")
-
-
-@peer("kfac_pytorch-inverse", "kfac_pytorch, inverses", "kfac_pytorch")
-def _kfac_pytorch_inverse(model: nn.Module, workload: Workload, period: int) -> Step:
-    return _kfac_pytorch_by(model, workload, period, "inverse")
-
-
-def _kfac_pytorch_by(model: nn.Module, workload: Workload, period: int, method: str) -> Step:
+def _kfac_pytorch(model: nn.Module, workload: Workload, period: int, *, method: str) -> Step:
     preconditioner = importlib.import_module("kfac.preconditioner").KFACPreconditioner(
         model, factor_update_steps=period, inv_update_steps=period, damping=DAMPING, lr=LR, compute_method=method
     )
     return training(model, workload, preconditioner.step, sgd(model))
 
 
-@peer("asdl", "ASDL", "asdfghjkl")
-def _asdl(model: nn.Module, workload: Workload, period: int) -> Step:
-    return _asdl_of(model, workload, period, "fisher_mc")
+peer("kfac_pytorch", "kfac_pytorch", "kfac_pytorch")(partial(_kfac_pytorch, method="eigen"))
+peer("kfac_pytorch-inverse", "kfac_pytorch, inverses", "kfac_pytorch")(partial(_kfac_pytorch, method="inverse"))
 
 
-@peer("asdl-empirical", "ASDL, empirical Fisher", "asdfghjkl")
-def _asdl_empirical(model: nn.Module, workload: Workload, period: int) -> Step:
-    return _asdl_of(model, workload, period, "fisher_emp")
-
-
-def _asdl_of(model: nn.Module, workload: Workload, period: int, fisher: str) -> Step:
+def _asdl(model: nn.Module, workload: Workload, period: int, *, fisher: str) -> Step:
     asdl = importlib.import_module("asdl")
     # It marks its parts for NVIDIA's profiler, and a torch without CUDA refuses to.
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: 0
@@ -152,6 +137,10 @@ def _asdl_of(model: nn.Module, workload: Workload, period: int, fisher: str) -> 
         update()
 
     return step
+
+
+peer("asdl", "ASDL", "asdfghjkl")(partial(_asdl, fisher="fisher_mc"))
+peer("asdl-empirical", "ASDL, empirical Fisher", "asdfghjkl")(partial(_asdl, fisher="fisher_emp"))
 
 
 @peer("singd", "SINGD", "singd")

@@ -90,7 +90,6 @@ class Capture:
         self.attached = self.enabled = True
         self.step = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
-        self.parameters: list[nn.Parameter] = []
         self.batch = Batch(loss, fisher)
         self._earlier: Batch | None = None  # of forwards whose backward pass is over
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
@@ -104,6 +103,7 @@ class Capture:
     def watch(self, layers: list[Layer], sharing: dict[str, Sharing]) -> None:
         """Watch those of ``layers`` that ``sharing`` names, and no others."""
         self.sharing = sharing
+        self.parameters = [p for layer in layers if layer.name in sharing for p in layer.parameters]
         self.close()
         self.attached = True
         # Of the layers of one module, one may report for all.

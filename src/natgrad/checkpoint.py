@@ -9,6 +9,8 @@ import hashlib
 import os
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,18 +36,24 @@ def save(state: Any, path: str | os.PathLike[str]) -> None:
         OSError: for instance for a full disk; the old file is untouched then.
     """
     path = Path(path)
+    with replaced(path) as temporary, temporary.open("w+b") as file:
+        _write(state, file)
+        length = file.seek(0, os.SEEK_END)
+        file.write(MARK + _digest(file, length))
+        file.flush()
+        os.fsync(file.fileno())
+    _flush_folder(path.parent)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path``, to be written; then it takes that place, or after an error is gone."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w+b") as file:
-            _write(state, file)
-            length = file.seek(0, os.SEEK_END)
-            file.write(MARK + _digest(file, length))
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
 
 
 def load(path: str | os.PathLike[str], map_location: Any = None) -> Any:

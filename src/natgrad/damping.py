@@ -30,6 +30,7 @@ as the small G of a layer on a plateau says nothing about how far it may go. Mea
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -67,7 +68,7 @@ class Damping:
 
 
 class DampingRule(Protocol):
-    """From the factors of a layer to their damping."""
+    """From the factors of a layer to their damping; one that can be pickled."""
 
     def __call__(self, A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
         """The damping.
@@ -81,23 +82,27 @@ class DampingRule(Protocol):
 
 def per_factor(a: float, g: float) -> DampingRule:
     """The same λ_A and λ_G for every layer."""
-    return lambda A, G, evidence: Damping(a, g)
+    return partial(_given, Damping(a, g))
 
 
 def exact(delta: float) -> DampingRule:
     """δ added to the whole block, which only an eigendecomposition can invert."""
-    return lambda A, G, evidence: Damping(0.0, 0.0, delta)
+    return partial(_given, Damping(0.0, 0.0, delta))
+
+
+def _given(damping: Damping, A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
+    return damping
 
 
 def pi_split(delta: float) -> DampingRule:
     """δ split between the factors in proportion to their mean eigenvalues; equally where one of them is zero."""
+    return partial(_split, delta)
 
-    def rule(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
-        squared = mean_diagonal(A) / mean_diagonal(G)
-        pi = torch.where((squared > 0) & squared.isfinite(), squared, 1.0).sqrt()
-        return Damping(pi * delta**0.5, delta**0.5 / pi)
 
-    return rule
+def _split(delta: float, A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
+    squared = mean_diagonal(A) / mean_diagonal(G)
+    pi = torch.where((squared > 0) & squared.isfinite(), squared, 1.0).sqrt()
+    return Damping(pi * delta**0.5, delta**0.5 / pi)
 
 
 def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:

@@ -43,24 +43,24 @@ class Metric:
     def __init__(
         self, layers: Sequence[Layer], inverse: Inverse, rule: DampingRule, period: Period, world: World
     ) -> None:
-        if inverse.names[0] == "spectrum" and not world.replicates:
+        if "spectrum" in inverse.names and not world.replicates:
             raise ValueError(
                 '`inverse="ekfac"` needs the bases on every rank, for its data: use `inverses="comm"`, or "eigen".'
             )
-        self.layers, self.inverse, self.rule, self.period, self.world = layers, inverse, rule, period, world
+        self.inverse, self.rule, self.period, self.world = inverse, rule, period, world
+        self._deal(layers)
         self.applied: dict[str, diagnostics.Applied] = {}
         self.moved: set[str] = set()
         self._inverted: set[str] | None = None  # who have an inverse on every rank that holds it, once agreed
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the rule, a function made on the spot: who copies gives it back."""
-        return {name: value for name, value in self.__dict__.items() if name != "rule"}
-
     def choose(self, layers: Sequence[Layer], states: States) -> None:
         """From now on these are the layers."""
-        self.layers = layers
-        self.world.deal({layer.name: layer.inversion_cost for layer in layers})
+        self._deal(layers)
         self.forget(states)
+
+    def _deal(self, layers: Sequence[Layer]) -> None:
+        self.layers, self._costs = layers, {layer.name: layer.inversion_cost for layer in layers}
+        self.world.deal(self._costs)
 
     def forget(self, states: States) -> None:
         """The state has become another; inverses that other ranks are to hold are dropped."""
@@ -83,7 +83,7 @@ class Metric:
 
     def due(self, step: int) -> set[str]:
         """Whose inverse it is time to refresh."""
-        return schedule.turn(step, self.period, {layer.name: layer.inversion_cost for layer in self.layers})
+        return schedule.turn(step, self.period, self._costs)
 
     def bases(self, layer: Layer, state: Mapping[str, Any], step: int) -> Bases | None:
         """Where second moments are wanted; not just before new bases, in which they would start anew."""
@@ -134,8 +134,8 @@ class Metric:
     def _measure(self, batch: Batch, states: States, matrix: Matrix, anew: bool) -> None:
         measured: dict[str, Tensor] = {}
         for layer in self.layers:
-            samples, V = batch.samples.get(layer.name), matrix(layer)
-            if samples and V is not None and layer.name in self._agree(states):
+            samples = batch.samples.get(layer.name)
+            if samples and (V := matrix(layer)) is not None and layer.name in self._agree(states):
                 with exchange.lent(layer, states[layer.name], self.inverse.names, self.world) as inverse:
                     measured[layer.name] = noise.measure(layer, V, samples, self.inverse, inverse, batch.scaler)
         exchange.share_noise(measured, self.world)

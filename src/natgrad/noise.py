@@ -40,9 +40,8 @@ def measure(
     for sample in samples:
         rows = sample.rows()
         if rows is not None:
-            energy = energy + sample.data * inverse.lengths(state, sample.layer, *rows) / (
-                rows[1].shape[-3] * scaler**2
-            )
+            lengths = inverse.lengths(state, sample.layer, *rows)
+            energy = energy + sample.data * lengths / (rows[1].shape[-3] * scaler**2)
     total = torch.sum(inverse.solve(state, V) * V)
     return torch.stack([total, energy, total.new_tensor(data)])
 

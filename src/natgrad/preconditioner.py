@@ -114,12 +114,11 @@ class Preconditioner:
         called = model.model if isinstance(model, Distributed) else model
         self.model = unwrap(called)
         self.layers = partition(self.model).require_layers()
-        self.world.deal({layer.name: layer.inversion_cost for layer in self.layers})
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
         # Between updates of the inverses, EKFAC's eigenvalues follow every batch.
         moving = curvature_period == "auto" and inverse == "ekfac"
         self.curvature_period = 1 if moving else curvature_period
-        self._damping, self._sharing = (damping, inverse), sharing
+        self._sharing = sharing
         self.state: State = defaultdict(dict)
         self.skipped_steps = 0
         self.batch = Batch(self.loss, fisher)
@@ -149,8 +148,7 @@ class Preconditioner:
             owner = me()
             return None if owner is None else owner._bases(layer)
 
-        self.capture.bases = bases if self._damping[1] == "ekfac" else None
-        self.capture.parameters = [parameter for layer in self.layers for parameter in layer.parameters]
+        self.capture.bases = bases if "spectrum" in self.metric.inverse.names else None
         weakref.finalize(self, self.capture.close).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,7 +161,6 @@ class Preconditioner:
         self.__dict__.update(state)
         self.capture, settings = state["capture"]
         self.capture.attach(settings)
-        self.metric.rule = dampings.resolve(*self._damping)
         self._own_capture()
 
     def select(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -181,7 +178,6 @@ class Preconditioner:
         self.metric.choose(chosen, self.states())
         sharing = resolve_sharing(self._sharing, [layer.name for layer in parts.layers])
         self.capture.watch(parts.layers, {layer.name: sharing[layer.name] for layer in chosen})
-        self.capture.parameters = [parameter for layer in chosen for parameter in layer.parameters]
         self.capture.drop()
 
     @property

@@ -171,12 +171,8 @@ def read_reconstructions(path: Path, optimizer: str) -> dict[int, Path]:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: readers never see half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with checkpoint.replaced(path) as temporary:
         write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def environment(threads: int | None) -> dict[str, Any]:

@@ -15,6 +15,8 @@ need them only where the positions are many.
 Source: George et al. (2018), arXiv:1806.03884, section 3.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def squared_gradients(x: Tensor, g: Tensor, bias: bool, bases: Bases) -> Tensor:
     if x.shape[-2] == 1:
         return g.squeeze(-2).square().mT @ x.squeeze(-2).square()
     total = x.new_zeros(())
-    for some_x, some_g in zip(x.split(chunk(x, g), dim=-3), g.split(chunk(x, g), dim=-3), strict=True):
+    for some_x, some_g in a_few_at_a_time(x, g):
         total = total + (some_g.mT @ some_x).square().sum(-3)
     return total
 
@@ -54,8 +56,8 @@ def squared_length(x: Tensor, g: Tensor, bias: bool, metrics: Bases) -> Tensor:
     if x.shape[-2] ** 2 <= x.shape[-1] * g.shape[-1]:
         return torch.sum((x @ longer_x.mT) * (g @ longer_g.mT))
     total = x.new_zeros(())
-    for some in zip(*(rows.split(chunk(x, g), dim=-3) for rows in (x, g, longer_x, longer_g)), strict=True):
-        total = total + torch.sum((some[1].mT @ some[0]) * (some[3].mT @ some[2]))
+    for some_x, some_g, longer_some_x, longer_some_g in a_few_at_a_time(x, g, longer_x, longer_g):
+        total = total + torch.sum((some_g.mT @ some_x) * (longer_some_g.mT @ longer_some_x))
     return total
 
 
@@ -65,10 +67,11 @@ def extended(x: Tensor, bias: bool) -> Tensor:
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if bias else x
 
 
-def chunk(x: Tensor, g: Tensor) -> int:
-    """Of how many data gradients are built at a time."""
+def a_few_at_a_time(x: Tensor, g: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of as many data as gradients may be built of at once."""
     blocks = max(x.shape[:-3].numel(), g.shape[:-3].numel())
-    return max(1, CHUNK // (blocks * x.shape[-1] * g.shape[-1]))
+    data = max(1, CHUNK // (blocks * x.shape[-1] * g.shape[-1]))
+    return zip(*(rows.split(data, dim=-3) for rows in (x, g, *more)), strict=True)
 
 
 def rotate_rows(rows: Tensor, Q: Tensor) -> Tensor:
