@@ -1,5 +1,6 @@
 """`natgrad doctor`: the facts are this machine's, and the advice follows from them."""
 
+import inspect
 import io
 import math
 
@@ -28,6 +29,7 @@ def test_it_prints_facts_rates_and_advice(small):
         assert part in text
     for name in INVERSES:
         assert f'inverse="{name}"' in text
+    assert "ms, the default" in text
 
 
 def test_every_inverse_is_timed_by_its_own_routine(small, monkeypatch):
@@ -53,7 +55,7 @@ def test_a_missing_routine_is_told_and_not_fatal(small, monkeypatch):
     rates = doctor.measure(torch.device("cpu"))
     assert math.isnan(rates["eigen"])
     assert doctor.shown(rates)
-    assert doctor.advice(QUIET, {**FAST, "eigen": math.nan}, 1, 2) == ["Nothing to change."]
+    assert doctor.advice(QUIET, {"cpu": {**FAST, "eigen": math.nan}}, 1, 2) == ["Nothing to change."]
 
 
 @pytest.mark.parametrize(
@@ -62,11 +64,21 @@ def test_a_missing_routine_is_told_and_not_fatal(small, monkeypatch):
         ({}, FAST, 2, "OMP_WAIT_POLICY=passive"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, FAST, 2, "OMP_WAIT_POLICY=passive"),
         (QUIET, FAST, 8, "OMP_NUM_THREADS=2"),
-        (QUIET, {**FAST, "bfloat16": 5.0}, 2, "float32"),
-        (QUIET, {**FAST, "eigen": 90.0}, 2, "inverse_period"),
+        (QUIET, {**FAST, "bfloat16": 5.0}, 2, "On cpu, train in float32"),
+        (QUIET, {**FAST, "eigen": 90.0}, 2, "On cpu, keep"),
         ({"OMP_WAIT_POLICY": "PASSIVE"}, FAST, 2, "Nothing to change"),
     ],
 )
 def test_advice(environment, rates, threads, word):
-    (line,) = doctor.advice(environment, rates, threads, processors=2)
+    (line,) = doctor.advice(environment, {"cpu": rates, "cuda": FAST}, threads, processors=2)
     assert word in line
+
+
+def test_it_compares_with_the_inverse_that_is_the_default():
+    assert inspect.signature(natgrad.Preconditioner).parameters["inverse"].default == doctor.DEFAULT_INVERSE
+
+
+def test_every_device_has_its_own_advice():
+    """Catches advice from the rates of one device alone."""
+    lines = doctor.advice(QUIET, {"cpu": {**FAST, "bfloat16": 5.0}, "cuda": {**FAST, "eigen": 90.0}}, 2, 2)
+    assert [line.partition(",")[0] for line in lines] == ["On cpu", "On cuda"]

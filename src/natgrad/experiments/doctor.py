@@ -31,10 +31,10 @@ WAIT_POLICY = "OMP_WAIT_POLICY"
 def doctor(console: Console) -> None:
     """Print a table of facts, one of rates for each device, and advice."""
     _print(console, "This installation", facts())
-    rates: dict[str, float] = {}
-    for device in devices():
-        rates = measure(device)
-        _print(console, f"Measured on {device}", shown(rates))
+    rates: dict[str, Mapping[str, float]] = {}
+    for device in map(str, devices()):
+        rates[device] = measure(torch.device(device))
+        _print(console, f"Measured on {device}", shown(rates[device]))
     for line in advice(os.environ, rates, torch.get_num_threads(), os.cpu_count() or 1):
         console.print(f"- {line}", highlight=False)
 
@@ -89,7 +89,7 @@ def shown(rates: Mapping[str, float]) -> dict[str, str]:
         f"product of {SIZE}², bfloat16": f"{rates['bfloat16']:,.0f} Gflop/s, {_over(rates, 'bfloat16', 'float32')}",
     }
     for name in INVERSES:
-        against = "" if name == DEFAULT_INVERSE else f", {_over(rates, name, DEFAULT_INVERSE)}"
+        against = ", the default" if name == DEFAULT_INVERSE else f", {_over(rates, name, DEFAULT_INVERSE)}"
         rows[f'two factors of {SIZE}², inverse="{name}"'] = f"{rates[name]:,.0f} ms{against}"
     return rows
 
@@ -98,8 +98,10 @@ def _over(rates: Mapping[str, float], name: str, other: str) -> str:
     return f"{rates[name] / rates[other]:.2g} × {other}"
 
 
-def advice(environment: Mapping[str, str], rates: Mapping[str, float], threads: int, processors: int) -> list[str]:
-    """What to change, most important first; one line that says so if nothing."""
+def advice(
+    environment: Mapping[str, str], rates: Mapping[str, Mapping[str, float]], threads: int, processors: int
+) -> list[str]:
+    """What to change, most important first, by the rates of each device; one line that says so if nothing."""
     lines = []
     if environment.get(WAIT_POLICY, "").lower() != "passive":
         lines.append(
@@ -108,10 +110,13 @@ def advice(environment: Mapping[str, str], rates: Mapping[str, float], threads: 
         )
     if threads > processors:
         lines.append(f"torch uses {threads} threads on {processors} processors: set OMP_NUM_THREADS={processors}.")
-    if rates["bfloat16"] < rates["float32"]:
-        lines.append("Train in float32 here: bfloat16 is emulated, and slower.")
-    if rates["eigen"] > 5 * rates[DEFAULT_INVERSE]:
-        lines.append('Keep inverse="cholesky", or give "eigen" and "ekfac" an inverse_period of 10 or more.')
+    for device, rate in rates.items():
+        if rate["bfloat16"] < rate["float32"]:
+            lines.append(f"On {device}, train in float32: bfloat16 is emulated, and slower.")
+        if rate["eigen"] > 5 * rate[DEFAULT_INVERSE]:
+            lines.append(
+                f'On {device}, keep inverse="cholesky", or give "eigen" and "ekfac" an inverse_period of 10 or more.'
+            )
     return lines or ["Nothing to change."]
 
 
