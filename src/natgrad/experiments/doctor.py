@@ -85,12 +85,12 @@ def _factorize(inverse: Inverse, factor: Tensor) -> Tensor:
 def shown(rates: Mapping[str, float]) -> dict[str, str]:
     """The rates with their units."""
     rows = {
-        f"product of {SIZE}², float32": f"{rates['float32']:,.0f} Gflop/s",
-        f"product of {SIZE}², bfloat16": f"{rates['bfloat16']:,.0f} Gflop/s, {_over(rates, 'bfloat16', 'float32')}",
+        f"product of {SIZE}², float32": f"{rates['float32']:,.1f} Gflop/s",
+        f"product of {SIZE}², bfloat16": f"{rates['bfloat16']:,.1f} Gflop/s, {_over(rates, 'bfloat16', 'float32')}",
     }
     for name in INVERSES:
         against = ", the default" if name == DEFAULT_INVERSE else f", {_over(rates, name, DEFAULT_INVERSE)}"
-        rows[f'two factors of {SIZE}², inverse="{name}"'] = f"{rates[name]:,.0f} ms{against}"
+        rows[f'two factors of {SIZE}², inverse="{name}"'] = f"{rates[name]:,.1f} ms{against}"
     return rows
 
 
