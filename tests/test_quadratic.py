@@ -333,14 +333,15 @@ class Cubed(nn.Module):
 
 
 def test_the_matrix_of_a_network_without_forward_mode(caplog: pytest.LogCaptureFixture) -> None:
-    """In double precision, ⅔ of the digits are 1e-10; natgrad says so once a product, for whoever listens."""
+    """In double precision, ⅔ of the digits are 1e-10; natgrad says so once, for whoever listens."""
     x = torch.randn(5, 3)
     model, plain = Cubed(Cube.apply), Cubed(lambda z: z**3)
+    quadratic._tell_once.cache_clear()
     with caplog.at_level("INFO", logger="natgrad"):
         expected = of_natgrad(plain, "mse", x, directions_of(plain))
         assert not caplog.messages
         M = of_natgrad(model, "mse", x, directions_of(model))
-    assert ["no forward-mode differentiation" in message for message in caplog.messages] == [True, True]
+    assert ["no forward-mode differentiation" in message for message in caplog.messages] == [True]
     assert relative_error(M, expected) < 1e-8
 
 

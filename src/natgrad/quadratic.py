@@ -19,6 +19,7 @@ f₀; then g_f is the user's gradient plus R (∇c(f) − ∇c(f₀)). A step wh
 Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 """
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -216,12 +217,17 @@ def directional_derivative(
     """The outputs and their derivatives along the direction: exact by forward-mode differentiation, if there is one."""
     try:
         with warnings.catch_warnings():
-            # torch 2.13 warns of its own use of it, at the first call.
-            warnings.filterwarnings("ignore", message="`torch.jit.script`", category=DeprecationWarning)
+            # torch warns of its own use of it, at the first call: 2.13 a DeprecationWarning, 2.14 a FutureWarning.
+            warnings.filterwarnings("ignore", message="`torch.jit.script`")
             return torch.func.jvp(output, (parameters,), (direction,))  # type: ignore[return-value]  # no has_aux
     except (NotImplementedError, RuntimeError) as error:  # fused recurrent kernels, custom functions
-        _logger.info("no forward-mode differentiation of this model, differences instead: %s", error)
+        _tell_once(str(error))
         return central_difference(output, parameters, direction)
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    _logger.info("no forward-mode differentiation of this model, differences instead: %s", reason)
 
 
 def central_difference(
