@@ -98,6 +98,9 @@ BUGS = {
     "hooks that outlive their optimizer": Bug("preconditioner.py", "        weakref.finalize(self, self.capture.close).atexit = False\n", "", COPIES),
     "a copied model gathers": Bug("capture.py", '{"attached": False, "_calls": None}', 'dict(self.__dict__)', COPIES),
     "a checksum that is not looked at": Bug("checkpoint.py", "!= _digest(file, length)", "is None", "test_checkpoint.py"),
+    "a difference that is not divided by its distance": Bug("derivatives.py", "return change / epsilon if", "return change if", "test_derivatives.py"),
+    "differences in double precision": Bug("derivatives.py", "p.dtype == torch.float32 and", "", "test_derivatives.py"),
+    "differences below rounding": Bug("derivatives.py", "if change.norm() > LEAST_CHANGE * before.norm() else None", "", "test_derivatives.py"),
     "half a record left": Bug("experiments/runfolder.py", "                file.truncate(length)\n", "", "experiments/test_runfolder_faults.py"),
 }  # fmt: skip
 

@@ -1,6 +1,5 @@
 """The quadratic model against a dense Gauss-Newton matrix of the whole network, built row by row in reverse mode."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,21 +8,19 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import jacrev
 from torch.nn.functional import mse_loss
 
 import natgrad
 from cases import MSE, Loss, data_for, every_loss
-from natgrad import quadratic
+from natgrad import derivatives, quadratic
 from natgrad.batch import Forward
 from natgrad.likelihoods import Gaussian
 from natgrad.losses import resolve
 from natgrad.quadratic import (
     LocalModel,
-    central_difference,
     choose,
     combine,
-    directional_derivative,
     minimize,
     rearrangement,
     subsample,
@@ -336,44 +333,13 @@ def test_the_matrix_of_a_network_without_forward_mode(caplog: pytest.LogCaptureF
     """In double precision, ⅔ of the digits are 1e-10; natgrad says so once, for whoever listens."""
     x = torch.randn(5, 3)
     model, plain = Cubed(Cube.apply), Cubed(lambda z: z**3)
-    quadratic._tell_once.cache_clear()
+    derivatives._tell_once.cache_clear()
     with caplog.at_level("INFO", logger="natgrad"):
         expected = of_natgrad(plain, "mse", x, directions_of(plain))
         assert not caplog.messages
         M = of_natgrad(model, "mse", x, directions_of(model))
     assert ["no forward-mode differentiation" in message for message in caplog.messages] == [True]
     assert relative_error(M, expected) < 1e-8
-
-
-@pytest.mark.parametrize("length", [1e-12, 1.0, 1e12])
-def test_differences_do_not_depend_on_the_length_of_the_direction(length: float) -> None:
-    """Catches a step in units of the direction, which rounding would swallow or which would leave the neighbourhood."""
-    parameters, direction = {"w": torch.tensor([0.7, -0.4])}, {"w": length * torch.tensor([0.3, 2.0])}
-    (at,), (product,) = central_difference(lambda p: (torch.tanh(p["w"]),), parameters, direction)
-    assert torch.equal(at, torch.tanh(parameters["w"]))
-    assert relative_error(product, direction["w"] * (1 - torch.tanh(parameters["w"]) ** 2)) < 1e-9
-
-
-def test_differences_along_a_zero_direction_are_zero() -> None:
-    parameters = {"w": torch.tensor([0.7, -0.4])}
-    _, (product,) = central_difference(lambda p: (torch.tanh(p["w"]),), parameters, {"w": torch.zeros(2)})
-    assert torch.equal(product, torch.zeros(2))
-
-
-@torch.no_grad()
-def test_differences_stand_in_where_there_is_no_forward_mode() -> None:
-    """The fused LSTM of the CPU has none in float32; an error of the ⅔ power of the rounding is 2e-5."""
-    torch.manual_seed(0)
-    model = nn.LSTM(3, 4, batch_first=True).float()
-    x = torch.randn(5, 6, 3, dtype=torch.float32)
-    parameters = dict(model.named_parameters())
-    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
-    _, (product,) = directional_derivative(lambda p: functional_call(model, p, (x,))[:1], parameters, direction)
-    exact = copy.deepcopy(model).double()
-    wide = {name: p.double() for name, p in parameters.items()}
-    tangent = {name: d.double() for name, d in direction.items()}
-    _, expected = torch.func.jvp(lambda p: functional_call(exact, p, (x.double(),))[0], (wide,), (tangent,))
-    assert relative_error(product.double(), expected) < 1e-3
 
 
 # The minimizer.

@@ -5,7 +5,7 @@ is the Gauss-Newton matrix of the *whole* network, not its Kronecker approximati
 
     M_ij = R Σ_n (J_n d_i)ᵀ ∇²c (J_n d_j)
 
-so two Jacobian-vector products by forward-mode differentiation, on some of the batch, are all it takes; nothing is
+so two Jacobian-vector products, on some of the batch, are all it takes (:mod:`natgrad.derivatives`); nothing is
 backpropagated. Minimizing over c gives rate and momentum at once: d₁ is the natural gradient, d₂ the previous step.
 
 The model holds near θ only. Whether a step s is short enough is seen by a forward pass before and after it, without the
@@ -19,9 +19,6 @@ f₀; then g_f is the user's gradient plus R (∇c(f) − ∇c(f₀)). A step wh
 Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 """
 
-import functools
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from natgrad.batch import Forward, shuffled
+from natgrad.derivatives import Outputs, along, directional_derivative, length
 from natgrad.distributed import Ranks, shards_left_alone, whole
 from natgrad.layers import at_least_float32, uncompiled
 from natgrad.likelihoods import Likelihood
@@ -41,9 +39,6 @@ from natgrad.losses import Weights
 SHARE, MIN_DATA = 1 / 20, 512
 # A step is taken when the loss falls by this share of what the model predicts, and else halved up to so many times.
 SUFFICIENT, HALVINGS = 0.1, 8
-_logger = logging.getLogger("natgrad")
-
-Outputs = tuple[Tensor, ...]
 
 
 class LocalModel:
@@ -90,14 +85,14 @@ class LocalModel:
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if isinstance(p, DTensor)}
 
     def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
-        """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move."""
+        """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move.
+
+        The last of several directions is the previous step, whose length says how far differences may look.
+        """
         parameters = self._parameters(directions[0])
-        products = []
-        for direction in directions:
-            tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
-            self._before, (_, product) = directional_derivative(self._run, parameters, tangent)
-            products.append(product)
-        assert self._before is not None
+        tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
+        step = float(length(directions[-1])) if len(directions) > 1 else 0.0
+        self._before, products = along(self._run, parameters, tangents, step)
         _, at = self._before
         root = 1.0 if self.weights is None else self.weights.curvature.sqrt()
         J = torch.stack([(product * root).flatten() for product in products])
@@ -209,42 +204,6 @@ def combine(directions: Sequence[dict[str, Tensor]], c: Tensor) -> dict[str, Ten
         for name, d in direction.items():
             step[name].add_(d, alpha=float(coefficient))
     return step
-
-
-def directional_derivative(
-    output: Callable[[dict[str, Tensor]], Outputs], parameters: dict[str, Tensor], direction: dict[str, Tensor]
-) -> tuple[Outputs, Outputs]:
-    """The outputs and their derivatives along the direction: exact by forward-mode differentiation, if there is one."""
-    try:
-        with warnings.catch_warnings():
-            # torch warns of its own use of it, at the first call: 2.13 a DeprecationWarning, 2.14 a FutureWarning.
-            warnings.filterwarnings("ignore", message="`torch.jit.script`")
-            return torch.func.jvp(output, (parameters,), (direction,))  # type: ignore[return-value]  # no has_aux
-    except (NotImplementedError, RuntimeError) as error:  # fused recurrent kernels, custom functions
-        _tell_once(str(error))
-        return central_difference(output, parameters, direction)
-
-
-@functools.cache
-def _tell_once(reason: str) -> None:
-    _logger.info("no forward-mode differentiation of this model, differences instead: %s", reason)
-
-
-def central_difference(
-    output: Callable[[dict[str, Tensor]], Outputs], parameters: dict[str, Tensor], direction: dict[str, Tensor]
-) -> tuple[Outputs, Outputs]:
-    """The outputs, and their derivatives along the direction up to the ⅔ power of the rounding error."""
-    size = torch.stack(torch._foreach_norm(list(parameters.values()))).norm()
-    length = torch.stack(torch._foreach_norm(list(direction.values()))).norm()
-    epsilon = torch.finfo(size.dtype).eps ** (1 / 3) * size / length.clamp(min=torch.finfo(size.dtype).tiny)
-
-    def shifted(by: Tensor) -> Outputs:
-        return output({name: parameter + by * direction[name] for name, parameter in parameters.items()})
-
-    slopes = [
-        (ahead - behind) / (2 * epsilon) for ahead, behind in zip(shifted(epsilon), shifted(-epsilon), strict=True)
-    ]
-    return output(parameters), tuple(slopes)
 
 
 def _devices(parameters: dict[str, Tensor]) -> list[torch.device]:

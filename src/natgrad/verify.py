@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from natgrad.curvature import Block, curvature
+from natgrad.derivatives import directional_derivative
 from natgrad.layers import Layer, Sharing, at_least_float32
 from natgrad.losses import Loss, Weights, resolve
-from natgrad.quadratic import directional_derivative
 from natgrad.report import format_table
 
 # A layer with more parameters is sampled: its block alone takes 16 MB in float32 at this size. So is a batch with more

@@ -1,0 +1,101 @@
+"""Derivatives of a network's outputs along directions in its parameters, without a backward pass.
+
+Forward-mode differentiation is exact, and takes as long as three to five forward passes for each direction. Where
+float32 is all that is asked for, a difference takes one:
+
+    J d ≈ (f(θ + ε d) − f(θ)) / ε
+
+with ε d a hundredth as long as the latest step: short beside a step within which the quadratic model was good enough,
+and long enough for the outputs to differ by more than their rounding, or else it is not used.
+"""
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Of the latest step, how far a difference looks; and the least relative change of the outputs that it believes, a
+# thousand times the rounding of float32.
+REACH, LEAST_CHANGE = 0.01, 1e-4
+_logger = logging.getLogger("natgrad")
+
+Named = dict[str, Tensor]
+Outputs = tuple[Tensor, ...]
+Function = Callable[[Named], Outputs]
+
+
+def along(
+    output: Function, parameters: Named, directions: Sequence[Named], step: float
+) -> tuple[Outputs, list[Tensor]]:
+    """The outputs, and derivatives of the last of them along each direction.
+
+    Args:
+        output: From the parameters to the outputs; the same for the same parameters.
+        parameters: Where.
+        directions: By name of the parameter, each with a tensor for every parameter.
+        step: Length of the latest step; zero if there is none, which makes everything exact.
+    """
+    differs = step > 0 and _rounds_like_float32(parameters)
+    before = output(parameters) if differs else ()
+    products = []
+    for direction in directions:
+        product = short_difference(output, parameters, direction, before[-1], REACH * step) if differs else None
+        if product is None:
+            before, (*_, product) = directional_derivative(output, parameters, direction)
+        products.append(product)
+    return before, products
+
+
+def short_difference(
+    output: Function, parameters: Named, direction: Named, before: Tensor, reach: float
+) -> Tensor | None:
+    """The derivative of the last output, from a forward pass at the distance ``reach``; None if rounding would show."""
+    epsilon = reach / length(direction).clamp(min=torch.finfo(torch.float32).tiny)
+    change = output({name: p + epsilon * direction[name] for name, p in parameters.items()})[-1] - before
+    return change / epsilon if change.norm() > LEAST_CHANGE * before.norm() else None
+
+
+def directional_derivative(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:
+    """The outputs and their derivatives along the direction: exact by forward-mode differentiation, if there is one."""
+    try:
+        with warnings.catch_warnings():
+            # torch warns of its own use of it, at the first call: 2.13 a DeprecationWarning, 2.14 a FutureWarning.
+            warnings.filterwarnings("ignore", message="`torch.jit.script`")
+            return torch.func.jvp(output, (parameters,), (direction,))  # type: ignore[return-value]  # no has_aux
+    except (NotImplementedError, RuntimeError) as error:  # fused recurrent kernels, custom functions
+        _tell_once(str(error))
+        return central_difference(output, parameters, direction)
+
+
+def central_difference(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:
+    """The outputs, and their derivatives along the direction up to the ⅔ power of the rounding error."""
+    size = length(parameters)
+    epsilon = torch.finfo(size.dtype).eps ** (1 / 3) * size / length(direction).clamp(min=torch.finfo(size.dtype).tiny)
+
+    def shifted(by: Tensor) -> Outputs:
+        return output({name: parameter + by * direction[name] for name, parameter in parameters.items()})
+
+    slopes = [
+        (ahead - behind) / (2 * epsilon) for ahead, behind in zip(shifted(epsilon), shifted(-epsilon), strict=True)
+    ]
+    return output(parameters), tuple(slopes)
+
+
+def length(tensors: Named) -> Tensor:
+    """Euclidean length of all of them together; a scalar."""
+    norm: Tensor = torch.stack(torch._foreach_norm(list(tensors.values()))).norm()
+    return norm
+
+
+def _rounds_like_float32(parameters: Named) -> bool:
+    """Not so on accelerators, which may multiply with fewer digits than they store."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return exact and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters.values())
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    _logger.info("no forward-mode differentiation of this model, differences instead: %s", reason)

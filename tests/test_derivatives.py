@@ -1,0 +1,113 @@
+"""Derivatives along directions against forward-mode differentiation in double precision."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from natgrad.derivatives import along, central_difference, directional_derivative
+from oracle import relative_error
+from quadratic_cases import Direction, directions_of, network
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def function(model: nn.Module, x: Tensor) -> Callable[[Direction], tuple[Tensor, ...]]:
+    """The outputs of a model twice, as the quadratic model wants them."""
+
+    def output(parameters: Direction) -> tuple[Tensor, Tensor]:
+        f = functional_call(model, parameters, (x,))
+        return f, f
+
+    return output
+
+
+def probe(dtype: torch.dtype, step: float) -> tuple[float, int, int]:
+    """Largest error of two derivatives, evaluations of the network, and how many of them were differentiated."""
+    model = network().eval().to(dtype)
+    x = torch.randn(16, 3).to(dtype)
+    parameters = dict(model.named_parameters())
+    moving = {n: p.detach() for n, p in parameters.items() if not n.startswith("1.")}
+    directions = [{n: t.to(dtype) for n, t in d.items()} for d in directions_of(model)]
+    exact, wide = function(copy.deepcopy(model).double(), x.double()), {n: p.double() for n, p in moving.items()}
+    expected = [directional_derivative(exact, wide, {n: t.double() for n, t in d.items()})[1][1] for d in directions]
+    calls, differentiated, output = 0, 0, function(model, x)
+
+    def counted(p: Direction) -> tuple[Tensor, ...]:
+        nonlocal calls, differentiated
+        calls, differentiated = calls + 1, differentiated + torch._C._functorch.is_functorch_wrapped_tensor(p["0.bias"])
+        return output(p)
+
+    (_, before), products = along(counted, moving, directions, step)
+    assert relative_error(before, output(moving)[1]) == 0
+    errors = [relative_error(product.double(), e) for product, e in zip(products, expected, strict=True)]
+    return max(errors), calls, differentiated
+
+
+@torch.no_grad()
+def test_differences_take_one_pass_each_in_single_precision() -> None:
+    """Catches a difference that is not divided by its distance, or that looks as far as the step itself."""
+    error, calls, differentiated = probe(torch.float32, step=0.1)
+    assert error < 5e-3
+    assert (calls, differentiated) == (3, 0)
+
+
+@torch.no_grad()
+def test_where_rounding_would_show_derivatives_are_exact() -> None:
+    """A step of 1e-5 changes the outputs by less than a thousand times their rounding."""
+    error, calls, differentiated = probe(torch.float32, step=1e-5)
+    assert error < 1e-5
+    assert (calls, differentiated) == (5, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float64, 0.1), (torch.float32, 0.0)])
+def test_double_precision_and_first_steps_are_exact(dtype: torch.dtype, step: float) -> None:
+    error, calls, differentiated = probe(dtype, step)
+    assert error < (1e-12 if dtype == torch.float64 else 1e-5)
+    assert (calls, differentiated) == (2, 2)
+
+
+@torch.no_grad()
+def test_fewer_digits_in_products_are_no_ground_for_differences() -> None:
+    """With products in bfloat16, the outputs change by less than their rounding, and the norm does not tell."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert probe(torch.float32, step=0.1)[2] == 2
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("length", [1e-12, 1.0, 1e12])
+def test_differences_do_not_depend_on_the_length_of_the_direction(length: float) -> None:
+    """Catches a step in units of the direction, which rounding would swallow or which would leave the neighbourhood."""
+    parameters, direction = {"w": torch.tensor([0.7, -0.4])}, {"w": length * torch.tensor([0.3, 2.0])}
+    (at,), (product,) = central_difference(lambda p: (torch.tanh(p["w"]),), parameters, direction)
+    assert torch.equal(at, torch.tanh(parameters["w"]))
+    assert relative_error(product, direction["w"] * (1 - torch.tanh(parameters["w"]) ** 2)) < 1e-9
+
+
+def test_differences_along_a_zero_direction_are_zero() -> None:
+    parameters = {"w": torch.tensor([0.7, -0.4])}
+    _, (product,) = central_difference(lambda p: (torch.tanh(p["w"]),), parameters, {"w": torch.zeros(2)})
+    assert torch.equal(product, torch.zeros(2))
+
+
+@torch.no_grad()
+def test_differences_stand_in_where_there_is_no_forward_mode() -> None:
+    """The fused LSTM of the CPU has none in float32; an error of the ⅔ power of the rounding is 2e-5."""
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 4, batch_first=True).float()
+    x = torch.randn(5, 6, 3, dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+    _, (product,) = directional_derivative(lambda p: functional_call(model, p, (x,))[:1], parameters, direction)
+    exact = copy.deepcopy(model).double()
+    wide = {name: p.double() for name, p in parameters.items()}
+    tangent = {name: d.double() for name, d in direction.items()}
+    _, expected = torch.func.jvp(lambda p: functional_call(exact, p, (x.double(),))[0], (wide,), (tangent,))
+    assert relative_error(product.double(), expected) < 1e-3
