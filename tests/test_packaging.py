@@ -26,7 +26,8 @@ print(natgrad.__file__)
 
 
 def run(*command, **options) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, **options)
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # may lead to our sources
+    done = subprocess.run(command, capture_output=True, text=True, env=outside, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
