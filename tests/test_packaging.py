@@ -26,7 +26,8 @@ print(natgrad.__file__)
 
 
 def run(*command, **options) -> str:
-    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # may lead to our sources
+    # PYTHONPATH may lead to our sources.
+    outside = {name: value for name, value in options.pop("env", os.environ).items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=outside, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
