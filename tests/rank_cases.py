@@ -32,6 +32,7 @@ class Case(NamedTuple):
         uneven: Whether ranks have different numbers of data.
         micro: Number of micro-batches, accumulated without communication up to the last.
         dtype: Of the parameters.
+        sgd: Whether natgrad.Preconditioner comes before SGD, instead of natgrad.KFAC.
     """
 
     options: dict[str, Any] = NOTHING
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     uneven: bool = False
     micro: int = 1
     dtype: torch.dtype = torch.float64
+    sgd: bool = False
 
 
 class Ranks(NamedTuple):
@@ -99,6 +101,18 @@ def parts(step: int, case: Case, ranks: Ranks | None, size: int) -> list[tuple[T
     return [tuple(torch.cat([t[m] for t in side]) for side in each) for m in range(case.micro)]  # type: ignore[misc]
 
 
+class Preconditioned(torch.optim.SGD):
+    """SGD along natural gradients."""
+
+    def __init__(self, model: Any, *args: Any, **options: Any) -> None:
+        self.preconditioner = natgrad.Preconditioner(model, *args, **options)
+        super().__init__(self.preconditioner.model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(self) -> None:  # type: ignore[override]
+        assert self.preconditioner.step()
+        super().step()
+
+
 class Training:
     """One rank of a training run, or all of it in one process.
 
@@ -114,7 +128,8 @@ class Training:
         self.trained: Any = self.model if ranks is None else ranks.wrap(self.model, case.wrapper)
         spread: Any = self.trained if case.inverses == "comm" else natgrad.Distributed(self.trained, case.inverses)
         defaults = {"fisher": "exact", "batch_fraction": 1.0}
-        self.optimizer = natgrad.KFAC(spread, case.loss, **{**defaults, **case.options})
+        kind: Any = Preconditioned if case.sgd else natgrad.KFAC
+        self.optimizer = kind(spread, case.loss, **{**defaults, **case.options})
 
     def backward(self, step: int) -> None:
         """Gradients of the mean over all data."""

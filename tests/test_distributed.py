@@ -8,6 +8,7 @@ import ranks
 from rank_cases import GIVEN, Case, Ranks, Training, relative
 
 STEPS = 20
+CLIPPED = {"kl_clip": 1e-2}
 HELD = {"inverse": "eigen", "inverse_period": 3}
 CASES = {
     "automatic": Case(),
@@ -22,10 +23,16 @@ CASES = {
     "ekfac": Case({"inverse": "ekfac", "inverse_period": 3}),
     "accumulated": Case(micro=3),
     "float32": Case(dtype=torch.float32),
+    "before SGD": Case(sgd=True),
+    "before SGD, memory, clipped, uneven": Case(CLIPPED, sgd=True, inverses="memory", uneven=True),
+    "before SGD, half, clipped": Case(CLIPPED, sgd=True, inverses=0.5),
+    "before SGD, fsdp, memory": Case(CLIPPED, sgd=True, wrapper="fsdp", inverses="memory"),
     "memory": Case(inverses="memory"),
+    "memory, float32": Case(inverses="memory", dtype=torch.float32),
     "memory, given, uneven": Case(GIVEN, inverses="memory", uneven=True),
     "memory, eigen": Case(HELD, inverses="memory"),
     "half, uneven": Case(inverses=0.5, uneven=True),
+    "half, uneven, float32": Case(inverses=0.5, uneven=True, dtype=torch.float32),
     "half, eigen, classes": Case(HELD, "cross_entropy", inverses=0.5),
     "fsdp": Case(wrapper="fsdp"),
     "fsdp, given, uneven": Case({**GIVEN, "weight_decay": 0.1}, wrapper="fsdp", uneven=True),
@@ -33,7 +40,7 @@ CASES = {
     "fsdp, empirical, half": Case({"fisher": "empirical"}, wrapper="fsdp", inverses=0.5),
     "fsdp, float32": Case(dtype=torch.float32, wrapper="fsdp"),
 }
-QUICK = ["accumulated", "memory, eigen", "half, uneven", "fsdp"]
+QUICK = ["accumulated", "memory, eigen", "half, uneven", "fsdp", "before SGD, half, clipped"]
 FOUR = {"hsdp": Case(wrapper="hsdp"), "hsdp, given": Case(GIVEN, wrapper="hsdp", inverses="memory")}
 
 

@@ -26,7 +26,9 @@ print(natgrad.__file__)
 
 
 def run(*command, **options) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, **options)
+    # PYTHONPATH may lead to our sources.
+    outside = {name: value for name, value in options.pop("env", os.environ).items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=outside, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

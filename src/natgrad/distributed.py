@@ -13,22 +13,30 @@ gradients to the other rows, down the columns:
 
 Symmetric matrices travel as their upper triangles, tensors of one dtype in one message.
 
+Sharded tensors and FSDP2 take longer to import than the rest of natgrad, and some builds of torch lack them. They are
+not imported here: whoever has sharded a model has imported them.
+
 Source: Pauloski et al. (2021), KAISA, arXiv:2107.01739.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 Inverses = Literal["comm", "memory"] | float
 
@@ -102,7 +110,7 @@ class World:
         """The ranks that train ``model``."""
         chosen = model if isinstance(model, Distributed) else Distributed(model)
         group = chosen.process_group or _group(chosen.model)
-        if group is None and isinstance(model, Distributed) and dist.is_initialized():
+        if group is None and isinstance(model, Distributed) and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         size = 1 if group is None else dist.get_world_size(group)
         return cls(group if size > 1 else None, holders(chosen.inverses, size))
@@ -222,7 +230,7 @@ def _group(model: nn.Module) -> dist.ProcessGroup | None:
     wrapper = next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
     if wrapper is not None:
         return wrapper.process_group
-    meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
+    meshes = [p.device_mesh for p in model.parameters() if is_sharded(p)]
     if not meshes:
         return None
     if meshes[0].size() == dist.get_world_size():
@@ -256,21 +264,41 @@ def deal(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
 
 def pack(pieces: Sequence[Piece]) -> Tensor:
     """The entries to be sent, of tensors of one dtype."""
-    return torch.cat([t[..., _upper(t)].flatten() if symmetric else t.flatten() for t, symmetric in pieces])
+    return torch.cat([fold(t) if symmetric else t.flatten() for t, symmetric in pieces])
 
 
 def unpack(flat: Tensor, pieces: Sequence[Piece]) -> None:
     """Undo :func:`pack`, into the tensors of ``pieces``."""
     for (tensor, symmetric), part in zip(pieces, flat.split([piece.entries for piece in pieces]), strict=True):
         if symmetric:
-            tensor[..., _upper(tensor)] = part.view(*tensor.shape[:-2], -1)
-            tensor.copy_(tensor.triu() + tensor.triu(1).mT)
+            unfold(part, tensor)
         else:
             tensor.copy_(part.view_as(tensor))
 
 
-def _upper(matrix: Tensor) -> Tensor:
-    return torch.ones(matrix.shape[-2:], dtype=torch.bool, device=matrix.device).triu()
+def fold(matrix: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix as a vector, without an index for each entry, which takes far longer.
+
+    A row of what is folded is a row of the triangle, and the row as far from the end, both reversed; the row in the
+    middle of an odd number would come twice.
+    """
+    n = matrix.shape[-1]
+    half = (n + 1) // 2
+    folded = matrix.new_zeros(*matrix.shape[:-2], half, n + 1)
+    folded[..., 1:] = matrix[..., :half, :].triu()
+    folded[..., :n] += matrix.flip(-2, -1)[..., :half, :].tril()
+    return folded.flip(-1).flatten(-2)[..., : n * (n + 1) // 2].flatten()
+
+
+def unfold(flat: Tensor, matrix: Tensor) -> None:
+    """Undo :func:`fold`, into ``matrix``."""
+    n = matrix.shape[-1]
+    half = (n + 1) // 2
+    padded = functional.pad(flat.view(*matrix.shape[:-2], -1), (0, half * (n + 1) - n * (n + 1) // 2))
+    folded = padded.view(*matrix.shape[:-2], half, n + 1).flip(-1)
+    matrix[..., :half, :] = folded[..., 1:].triu()
+    matrix[..., half:, :] = folded[..., : n - half, :n].tril().flip(-2, -1)
+    matrix.add_(matrix.triu(1).mT)
 
 
 def _by_dtype(pieces: Sequence[Piece]) -> list[list[Piece]]:
@@ -278,15 +306,29 @@ def _by_dtype(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return [[piece for piece in pieces if piece.tensor.dtype == dtype] for dtype in dtypes]
 
 
+def is_sharded(tensor: Tensor | None) -> "TypeIs[DTensor]":
+    """Whether there is a tensor, and each rank holds a shard of it."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 shards a module's parameters."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return loaded is not None and isinstance(module, loaded.FSDPModule)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, of which each rank may hold a shard."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This rank's shard of a whole tensor, if the parameter is sharded."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     # Every rank has all of it: nothing is sent.
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
@@ -294,8 +336,8 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Leave only the shards of FSDP's parameters; after an evaluation the outermost module's are still whole."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if is_fsdp(module):
+            cast("FSDPModule", module).reshard()
 
 
 @contextmanager
@@ -303,7 +345,7 @@ def shards_left_alone(model: nn.Module) -> Iterator[None]:
     """Without FSDP's hooks, which would put shards in the place of whole parameters that come with a call."""
     kept: list[tuple[Any, dict[int, Any]]] = []
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks) if isinstance(module, FSDPModule) else ():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks) if is_fsdp(module) else ():
             kept.append((hooks, dict(hooks)))
             for key, hook in kept[-1][1].items():
                 if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):

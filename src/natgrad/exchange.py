@@ -122,8 +122,12 @@ def share_noise(measured: dict[str, Tensor], world: World) -> None:
         measured.update(zip(measured, sums.to(first), strict=True))
 
 
-def share_solutions(solutions: Mapping[str, Tensor], world: World) -> None:
+def share_solutions(solutions: dict[str, Tensor], world: World) -> None:
     """Replace matrices by layer name by those of the ranks that hold the layer's inverse."""
+    if world.replicates:
+        return
+    # A holder's may be laid out by columns, and what is computed from it would be rounded otherwise than elsewhere.
+    solutions.update((name, V.contiguous()) for name, V in solutions.items())
     world.copy_in_column({name: [Piece(V, False)] for name, V in solutions.items()}, "natural gradients")
 
 

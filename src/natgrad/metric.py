@@ -125,8 +125,9 @@ class Metric:
     def _agree(self, states: States) -> set[str]:
         """Who have an inverse on every rank that holds it."""
         if self._inverted is None:
-            key = self.inverse.names[0]
-            lacking = [self.world.holds(layer.name) and key not in states[layer.name] for layer in self.layers]
+            # A distributed checkpoint takes each tensor from any rank, so that half an inverse may be there.
+            names = set(self.inverse.names)
+            lacking = [self.world.holds(layer.name) and not names <= states[layer.name].keys() for layer in self.layers]
             totals = self.world.sum(lacking, self.layers[0].parameters[0]).tolist()
             self._inverted = {layer.name for layer, total in zip(self.layers, totals, strict=True) if not total}
         return self._inverted

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from natgrad import damping as dampings
 from natgrad import diagnostics, exchange, schedule
@@ -23,7 +22,7 @@ from natgrad import state as states
 from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture, check_fisher
 from natgrad.clipping import clip_scale
-from natgrad.distributed import Distributed, Ranks, World, like, reshard, whole
+from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, reshard, whole
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
@@ -230,7 +229,7 @@ class Preconditioner:
             raise RuntimeError("`step()` found no gradient: call `loss.backward()` before it.")
         self.world.traffic.clear()
         exchange.share_batch(batch, self.layers, self.world)
-        self._whole = {p: whole(p.grad) for p in parameters if isinstance(p.grad, DTensor)}
+        self._whole = {p: whole(p.grad) for p in parameters if is_sharded(p.grad)}
         gradients = [g for p in parameters if (g := self.gradient(p)) is not None]
         finite = all_finite([*gradients, *batch.tensors()])
         self.multiplier = self._multiplier(batch)

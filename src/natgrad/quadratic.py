@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from natgrad.batch import Forward, shuffled
 from natgrad.derivatives import Outputs, along, directional_derivative, length
-from natgrad.distributed import Ranks, shards_left_alone, whole
+from natgrad.distributed import Ranks, is_sharded, shards_left_alone, whole
 from natgrad.layers import at_least_float32, uncompiled
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
@@ -82,7 +81,7 @@ class LocalModel:
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
         self.parts = (0.0, 0.0)
         self._before: Outputs | None = None
-        self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if isinstance(p, DTensor)}
+        self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
 
     def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
         """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move.

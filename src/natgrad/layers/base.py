@@ -21,10 +21,10 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from natgrad.distributed import is_fsdp
 from natgrad.layers.moments import Moment, Sharing, moment
 from natgrad.layers.spectrum import Bases, squared_gradients, squared_length
 
@@ -196,7 +196,7 @@ def register(*modules: type[nn.Module] | str) -> Callable[[KindT], KindT]:
 def registered(module: nn.Module) -> type[Layer] | None:
     """The kind registered for the module's type, seen through parametrizations, or None."""
     kind = type(module)
-    if isinstance(module, FSDPModule):
+    if is_fsdp(module):
         kind = kind.__mro__[2]  # torch derives a class from FSDPModule and the user's
     if parametrize.is_parametrized(module):
         kind = kind.__mro__[1]  # torch derives a class for each parametrized module
