@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from natgrad import derivatives
 from natgrad.derivatives import along, central_difference, directional_derivative
 from oracle import relative_error
 from quadratic_cases import Direction, directions_of, network
@@ -41,10 +42,23 @@ def probe(dtype: torch.dtype, step: float) -> tuple[float, int, int]:
         calls, differentiated = calls + 1, differentiated + torch._C._functorch.is_functorch_wrapped_tensor(p["0.bias"])
         return output(p)
 
-    (_, before), products = along(counted, moving, directions, step)
+    (_, before), products = along(counted, moving, directions, step, data=len(x))
     assert relative_error(before, output(moving)[1]) == 0
     errors = [relative_error(product.double(), e) for product, e in zip(products, expected, strict=True)]
     return max(errors), calls, differentiated
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were much to compute: 31 parameters move, and there are 16 data."""
+    monkeypatch.setattr(derivatives, "LARGE", 31 * 16)
+
+
+@torch.no_grad()
+def test_where_little_is_to_be_gained_derivatives_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several ranks then agree with one process as far as rounding allows."""
+    monkeypatch.setattr(derivatives, "LARGE", 31 * 16 + 1)
+    assert probe(torch.float32, step=0.1)[2] == 2
 
 
 @torch.no_grad()

@@ -63,18 +63,18 @@ class LocalModel:
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
         self.ranks = ranks or Ranks()
-        size = round(max(MIN_DATA * self.ranks.part, SHARE * forward.data))
+        self.size = min(round(max(MIN_DATA * self.ranks.part, SHARE * forward.data)), forward.data)
         self.chosen: slice | Tensor = slice(None)
-        if size < forward.data:
+        if self.size < forward.data:
             # Drawn anew at every step, and as far as possible not from the data of the factors: on the very data whose
             # factors made the direction, its curvature would look too small.
-            self.chosen = shuffled(forward.data, forward.seed)[-size:].to(forward.output.device)
+            self.chosen = shuffled(forward.data, forward.seed)[-self.size :].to(forward.output.device)
         self.args, self.kwargs = subsample(forward, self.chosen)
         self.rearrange = rearrangement(forward)
         self.forward = forward
         self.weights = None if forward.weights is None else Weights(*map(self._take, forward.weights))
         # Of the user's loss: of one micro-batch among several, the gradient is that of a part.
-        self.share = min(size, forward.data) / forward.data * forward.terms(likelihood) / terms
+        self.share = self.size / forward.data * forward.terms(likelihood) / terms
         self.total_terms = terms
         # The user's loss is so many times the declared one, and its gradient at the output so many times longer still.
         self.multiplier, self.scaler = 1.0, 1.0
@@ -91,7 +91,7 @@ class LocalModel:
         parameters = self._parameters(directions[0])
         tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
         step = float(length(directions[-1])) if len(directions) > 1 else 0.0
-        self._before, products = along(self._run, parameters, tangents, step)
+        self._before, products = along(self._run, parameters, tangents, step, self.size / (self.ranks.part or 1.0))
         _, at = self._before
         root = 1.0 if self.weights is None else self.weights.curvature.sqrt()
         J = torch.stack([(product * root).flatten() for product in products])
