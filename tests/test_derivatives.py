@@ -42,7 +42,7 @@ def probe(dtype: torch.dtype, step: float) -> tuple[float, int, int]:
         calls, differentiated = calls + 1, differentiated + torch._C._functorch.is_functorch_wrapped_tensor(p["0.bias"])
         return output(p)
 
-    (_, before), products = along(counted, moving, directions, step, data=len(x))
+    (_, before), products = along(counted, moving, directions, {"0.bias": torch.tensor([step])}, data=len(x))
     assert relative_error(before, output(moving)[1]) == 0
     errors = [relative_error(product.double(), e) for product, e in zip(products, expected, strict=True)]
     return max(errors), calls, differentiated

@@ -13,7 +13,7 @@ thousandfold; where there is little to be gained, derivatives are exact, and run
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ Function = Callable[[Named], Outputs]
 
 
 def along(
-    output: Function, parameters: Named, directions: Sequence[Named], step: float, data: float
+    output: Function, parameters: Named, directions: Sequence[Named], previous: Named | None, data: float
 ) -> tuple[Outputs, list[Tensor]]:
     """The outputs, and derivatives of the last of them along each direction.
 
@@ -39,15 +39,17 @@ def along(
         output: From the parameters to the outputs; the same for the same parameters.
         parameters: Where.
         directions: By name of the parameter, each with a tensor for every parameter.
-        step: Length of the latest step; zero if there is none, which makes everything exact.
+        previous: The latest step; where there is none, or none that moved, everything is exact.
         data: How many there are, on all ranks.
     """
     large = data * sum(p.numel() for p in parameters.values()) >= LARGE
-    differs = large and step > 0 and _rounds_like_float32(parameters)
-    before = output(parameters) if differs else ()
+    reach = 0.0
+    if previous is not None and large and _rounds_like_float32(parameters):
+        reach = REACH * float(length(previous.values()))
+    before = output(parameters) if reach > 0 else ()
     products = []
     for direction in directions:
-        product = short_difference(output, parameters, direction, before[-1], REACH * step) if differs else None
+        product = short_difference(output, parameters, direction, before[-1], reach) if reach > 0 else None
         if product is None:
             before, (*_, product) = directional_derivative(output, parameters, direction)
         products.append(product)
@@ -58,7 +60,7 @@ def short_difference(
     output: Function, parameters: Named, direction: Named, before: Tensor, reach: float
 ) -> Tensor | None:
     """The derivative of the last output, from a forward pass at the distance ``reach``; None if rounding would show."""
-    epsilon = reach / length(direction).clamp(min=torch.finfo(torch.float32).tiny)
+    epsilon = reach / length(direction.values()).clamp(min=torch.finfo(torch.float32).tiny)
     change = output({name: p + epsilon * direction[name] for name, p in parameters.items()})[-1] - before
     return change / epsilon if change.norm() > LEAST_CHANGE * before.norm() else None
 
@@ -77,8 +79,12 @@ def directional_derivative(output: Function, parameters: Named, direction: Named
 
 def central_difference(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:
     """The outputs, and their derivatives along the direction up to the ⅔ power of the rounding error."""
-    size = length(parameters)
-    epsilon = torch.finfo(size.dtype).eps ** (1 / 3) * size / length(direction).clamp(min=torch.finfo(size.dtype).tiny)
+    size = length(parameters.values())
+    epsilon = (
+        torch.finfo(size.dtype).eps ** (1 / 3)
+        * size
+        / length(direction.values()).clamp(min=torch.finfo(size.dtype).tiny)
+    )
 
     def shifted(by: Tensor) -> Outputs:
         return output({name: parameter + by * direction[name] for name, parameter in parameters.items()})
@@ -89,9 +95,9 @@ def central_difference(output: Function, parameters: Named, direction: Named) ->
     return output(parameters), tuple(slopes)
 
 
-def length(tensors: Named) -> Tensor:
+def length(tensors: Iterable[Tensor]) -> Tensor:
     """Euclidean length of all of them together; a scalar."""
-    norm: Tensor = torch.stack(torch._foreach_norm(list(tensors.values()))).norm()
+    norm: Tensor = torch.stack(torch._foreach_norm(list(tensors))).norm()
     return norm
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from natgrad import damping as dampings
 from natgrad.damping import Damping
+from natgrad.derivatives import length
 from natgrad.distributed import whole
 from natgrad.inverses import apply, reciprocal, to_basis
 from natgrad.layers import Layer
@@ -108,8 +109,8 @@ def of_step(
 
 def norms(step: Mapping[nn.Parameter, Tensor], parameters: Sequence[nn.Parameter]) -> Values:
     """Length of a step, and the same over the length of the parameters that took it."""
-    length = _norm([step[p] for p in parameters])
-    return {"step_norm": length, "relative_step": length / _norm([whole(p.detach()) for p in parameters])}
+    moved = length(step[p] for p in parameters)
+    return {"step_norm": moved, "relative_step": moved / length(whole(p.detach()) for p in parameters)}
 
 
 def half_square(state: Mapping[str, Tensor], M: Tensor) -> Tensor:
@@ -134,8 +135,3 @@ def _spread(eigenvalues: Tensor) -> Tensor:
     """Largest over smallest of those that are not zero, ([B,] d), in the worst block."""
     least = torch.where(eigenvalues > 0, eigenvalues, torch.inf).amin(-1)
     return (eigenvalues.amax(-1) / least).max()
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    length: Tensor = torch.stack(torch._foreach_norm(list(tensors))).norm()
-    return length

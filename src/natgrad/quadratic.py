@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from natgrad.batch import Forward, shuffled
-from natgrad.derivatives import Outputs, along, directional_derivative, length
+from natgrad.derivatives import Outputs, along, directional_derivative
 from natgrad.distributed import Ranks, is_sharded, shards_left_alone, whole
 from natgrad.layers import at_least_float32, uncompiled
 from natgrad.likelihoods import Likelihood
@@ -90,8 +90,8 @@ class LocalModel:
         """
         parameters = self._parameters(directions[0])
         tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
-        step = float(length(directions[-1])) if len(directions) > 1 else 0.0
-        self._before, products = along(self._run, parameters, tangents, step, self.size / (self.ranks.part or 1.0))
+        previous, data = tangents[-1] if len(tangents) > 1 else None, self.size / (self.ranks.part or 1.0)
+        self._before, products = along(self._run, parameters, tangents, previous, data)
         _, at = self._before
         root = 1.0 if self.weights is None else self.weights.curvature.sqrt()
         J = torch.stack([(product * root).flatten() for product in products])
