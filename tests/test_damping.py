@@ -45,6 +45,13 @@ def test_automatic_is_the_ridge_of_the_evidence() -> None:
     assert numbers(damping.automatic(A, 1e-9 * G, evidence)) == pytest.approx((a, g, 0.0))
 
 
+def test_noise_counts_by_the_square_of_what_is_not_confirmed() -> None:
+    """And by a hundredth at least: a batch that comes again confirms whatever was learnt from it by heart."""
+    A, G = torch.diag(torch.tensor([92.0, 1.0, 3.0])), factors()[1]
+    a = [numbers(damping.automatic(A, G, Evidence(0.05, 0.2, confirmed)))[0] for confirmed in (0.0, 0.5, 0.9, 1.0)]
+    assert a == pytest.approx([12.0, 3.0, 0.12, 0.12])
+
+
 @pytest.mark.parametrize("noise", [0.0, 1e9])
 def test_a_scaling_is_not_held_back(noise: float) -> None:
     """A layer with one input, as a normalization's, would take steps as many times shorter as its gradient is noisy."""

@@ -24,7 +24,7 @@ def test_total_and_noise_are_those_of_the_data(inverse: str, shape: tuple[int, .
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     x, y = torch.randn(shape), torch.randn(*shape[:-1], 2)
-    preconditioner = natgrad.Preconditioner(model, "mse", inverse=inverse, batch_fraction=1.0)
+    preconditioner = natgrad.KFAC(model, "mse", inverse=inverse, batch_fraction=1.0).preconditioner
     mse_loss(model(x), y).backward()
     preconditioner.update()
     samples, states = preconditioner.batch.samples, preconditioner.states()
@@ -55,7 +55,7 @@ def test_lengths_are_those_of_the_solutions(case: str) -> None:
         "wide embedding": (nn.Embedding(4, 9000), torch.randint(4, (3, 2))),
         "grouped": (nn.Conv2d(4, 2, 3, groups=2, padding=1), torch.randn(3, 4, 5, 5)),
     }[case]
-    preconditioner = natgrad.Preconditioner(module, "mse", fisher="exact" if case != "wide embedding" else "mc")
+    preconditioner = natgrad.KFAC(module, "mse", fisher="exact" if case != "wide embedding" else "mc").preconditioner
     for _ in range(2):
         z = module(x)
         mse_loss(z, torch.linspace(-1, 1, z.numel()).reshape(z.shape)).backward()
@@ -78,12 +78,33 @@ def test_lengths_are_those_of_the_solutions(case: str) -> None:
     torch.testing.assert_close(told, torch.stack(lengths).sum(), rtol=1e-8, atol=0)
 
 
-def test_ratio_is_one_without_evidence_and_bounded_with_little() -> None:
-    assert noise.ratio([]) == 1.0
-    assert noise.ratio([torch.tensor([3.0, 1.0])]) == pytest.approx(0.5)
-    assert noise.ratio([torch.tensor([1.0, 2.0])]) == pytest.approx(1 / noise.LEAST_SIGNAL)
-    assert noise.ratio([torch.tensor([1.0, 0.0])]) == 0.0
-    assert noise.ratio([torch.tensor([2.0, 1.0]), torch.tensor([4.0, 1.0])]) == pytest.approx(0.5)
+def test_ratio_is_bounded_with_little_signal_and_without_evidence() -> None:
+    assert noise.ratio([]) == 1 / noise.LEAST_SIGNAL
+    assert noise.ratio([torch.tensor([1 / 3])]) == pytest.approx(0.5)
+    assert noise.ratio([torch.ones(1)]) == pytest.approx(1 / noise.LEAST_SIGNAL)
+    assert noise.ratio([torch.zeros(1)]) == 0.0
+    assert noise.ratio([torch.tensor([0.2]), torch.tensor([0.4])]) == pytest.approx(3 / 7)
+
+
+def test_shares_are_averaged_and_not_energies() -> None:
+    """Catches an average in which an early, long gradient outweighs all later ones."""
+    state: noise.State = {}
+    for total, part in [(1e6, 0.0), (1.0, 0.5)]:
+        noise.remember(state, torch.tensor([total, part]), anew=False)
+    torch.testing.assert_close(state["noise"], torch.tensor([(1 - noise.DECAY) * 0.5]), rtol=1e-12, atol=0)
+    noise.remember(state, torch.tensor([1.0, 3.0]), anew=True)
+    assert state["noise"].item() == 1
+
+
+@pytest.mark.parametrize("rates", [{"lr": 0.1}, {"damping": 1e-3}, {"lr": 0.1, "momentum": 0.9}])
+def test_nothing_is_measured_where_it_is_not_used(rates: dict[str, float]) -> None:
+    """Catches the cost of single gradients where rates or damping are given."""
+    model = nn.Linear(3, 2)
+    optimizer = natgrad.KFAC(model, "mse", **{"momentum": 0.0, **rates})  # type: ignore[arg-type]
+    mse_loss(model(torch.randn(6, 3)), torch.randn(6, 2)).backward()
+    optimizer.step()
+    assert not optimizer.preconditioner.batch.samples
+    assert "noise" not in optimizer.preconditioner.states()[""]
 
 
 def test_rows_that_are_not_of_the_data_tell_nothing() -> None:
@@ -98,7 +119,7 @@ def test_rows_that_are_not_of_the_data_tell_nothing() -> None:
             return self.head(x + self.places(torch.arange(5)))
 
     model = Placed()
-    preconditioner = natgrad.Preconditioner(model, "mse")
+    preconditioner = natgrad.KFAC(model, "mse").preconditioner
     mse_loss(model(torch.randn(7, 5, 4)), torch.randn(7, 5, 2)).backward()
     preconditioner.update()
     assert set(preconditioner.batch.samples) == {"head"}

@@ -53,7 +53,8 @@ def local_model(
     likelihood = resolve(told).likelihood
     select = options.pop("select", lambda out: out)
     with torch.no_grad():
-        forward = Forward(args, options.pop("kwargs", {}), select(model(*args, **options.pop("call", {}))), [])
+        output = select(model(*args, **options.pop("call", {})))
+        forward = Forward(args, options.pop("kwargs", {}), output, [], gradient=torch.ones_like(output))
     return LocalModel(model, likelihood, select, forward, terms or forward.terms(likelihood))
 
 
@@ -173,17 +174,6 @@ def test_subsample_takes_the_chosen_data_of_what_has_the_batch_dimension() -> No
     assert kwargs["flag"] is True
 
 
-def test_data_are_drawn_anew_with_every_seed_and_alike_with_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fixed part, or one in step with the rows of the factors, makes some directions look flatter than they are."""
-    monkeypatch.setattr(quadratic, "MIN_DATA", 5)
-    forwards = [Forward((torch.arange(40.0),), {}, torch.empty(40, 2), [], seed=seed) for seed in (0, 1, 0)]
-    chosen = [
-        LocalModel(nn.Linear(3, 2), Gaussian(), lambda out: out, forward, 80).args[0].tolist() for forward in forwards
-    ]
-    assert chosen[0] == chosen[2] != chosen[1]
-    assert [len(set(data)) for data in chosen] == [5, 5, 5]
-
-
 # The choice of a step.
 
 
@@ -249,6 +239,14 @@ def test_a_change_that_is_not_finite_is_no_fall(change: float) -> None:
     slope = Slope(torch.eye(1), [change, -3.0])
     c, _ = choose(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
     assert c.tolist() == [2.0]
+
+
+def test_the_previous_step_is_seen_on_the_new_batch() -> None:
+    """To second order, from its end back to its start, wherever the next step goes."""
+    _, diagnostics = choose(
+        Slope(torch.diag(torch.tensor([1.0, 4.0])), [-9.0]), DIRECTIONS, torch.tensor([-4.0, 0.5]), [None, 0]
+    )
+    assert diagnostics["previous_change"] == 0.5 - 4 / 2
 
 
 def test_steps_combine_all_directions() -> None:

@@ -65,7 +65,6 @@ class Capture:
         sharing: Weight sharing, by name of each layer to watch.
         output: From the model's return value to the tensor that the loss sees.
         seed: With the number of the step it seeds every draw, so that a resumed run repeats them.
-        sampling: Whether the user's own gradients of some data are kept as well.
         world: The ranks that share the data; each draws for its own.
     """
 
@@ -81,12 +80,12 @@ class Capture:
         sharing: dict[str, Sharing],
         output: Callable[[Any], Tensor] | None,
         seed: int,
-        sampling: bool,
         world: World | None = None,
     ) -> None:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.output, self.seed = batch_fraction, output, seed
-        self.sampling, self.world = sampling, world or World()
+        self.world = world or World()
+        self.sampling = False  # whether the user's own gradients of some data are kept as well
         self.attached = self.enabled = True
         self.step = 0
         self.bases: Callable[[Layer], Bases | None] | None = None

@@ -144,7 +144,6 @@ def curvature(
         sharing=resolve_sharing(sharing, [layer.name for layer in layers]),
         output=output,
         seed=seed,
-        sampling=False,
     )
     batches = [(x, y)] if y is not None or isinstance(x, Tensor) else x
     try:

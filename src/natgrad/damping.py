@@ -10,7 +10,7 @@ A rule is a function from the one to the other. Three are enough:
 - ``per_factor``: λ_A and λ_G as given.
 - ``pi_split``: factored Tikhonov damping, λ_A = π √δ and λ_G = √δ / π with π² = mean diag A / mean diag G (Martens and
   Grosse 2015, arXiv:1503.05671, section 6.3).
-- ``automatic``: λ_A from the evidence in the batch, λ_G from the curvature of the whole network.
+- ``automatic``: λ_A from what the data say of noise, λ_G from the curvature of the whole network.
 
 A step (·) A⁻¹ is a linear regression of what the layer's outputs should become on its inputs. If the N data are noisy,
 it has a best ridge. With inputs of covariance A of d dimensions, weights that should change by independent amounts of
@@ -23,6 +23,12 @@ so λ_A = (tr A / d) · noise / signal: nothing but the data sets it. A plateau,
 gets almost none; a minibatch whose gradients are mostly noise gets several times the mean of A. Inputs often have one
 direction far larger than all others, their mean. The regression is about the others, and as long as nobody has moved
 there, their scale is not known: it is taken between the mean eigenvalue with the largest and that without.
+
+But data whose gradients differ may still ask for the same step: those of a full batch, which comes again at every step,
+or those without noise in their targets. Whether they do is seen when the next batch has come. It confirms a part of the
+fall of the loss that a step promised on its own batch: all of it in those cases, next to nothing where a step has only
+learnt its batch by heart. The noise counts by the square of the rest. Where rates are given nothing is promised and
+nothing confirmed, and no direction of little curvature is trusted: λ_A is at its upper bound.
 
 λ_G bounds how far the outputs of a layer move, where the loss is not quadratic in them. It is the same for every layer,
 as the small G of a layer on a plateau says nothing about how far it may go. Measured in ``docs/decisions.md``.
@@ -39,6 +45,8 @@ from torch import Tensor
 # Of `automatic`: the ridge in units of the one derived above, λ_G in units of the network's mean curvature of an
 # output.
 RIDGE, STIFFNESS = 30.0, 0.3
+# The next batch is of the same data as the last, if not the same data: so much of what it confirms is doubted.
+LEAST_DOUBT = 0.1
 # λ_A stays between these, in units of the mean eigenvalue of A: below, float32 inverts badly; above, A makes no
 # difference any more, and layers with little evidence would only stand still beside the others.
 LEAST, MOST = 1e-3, 5.0
@@ -52,10 +60,12 @@ class Evidence:
     Attributes:
         noise_to_signal: Of the gradient, in the metric of the step.
         curvature: Mean diagonal of G over all layers.
+        confirmed: Of the fall of the loss that steps promised, the share that the batches after them confirmed.
     """
 
-    noise_to_signal: float = 1.0
-    curvature: float = 0.0
+    noise_to_signal: float
+    curvature: float
+    confirmed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,8 @@ def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
     if A.shape[-2] == 1:
         return Damping(0.0, stiffness)
     mean = mean_diagonal(A)
-    ridge = RIDGE * evidence.noise_to_signal * (mean * mean_without_largest(A)).sqrt()
+    noise = evidence.noise_to_signal * max(1 - evidence.confirmed, LEAST_DOUBT) ** 2
+    ridge = RIDGE * noise * (mean * mean_without_largest(A)).sqrt()
     return Damping(ridge.clamp(LEAST * mean, MOST * mean), stiffness)
 
 

@@ -40,6 +40,8 @@ EVIDENCE, VARIETY = 10.0, 0.01
 CLOSE = 0.05
 # A ratio beyond this says that something was multiplied; within it, that a batch is not the whole data.
 NOISE = 4.0
+# Of the running average of what is confirmed.
+DECAY = 0.8
 # Along a step, curvature on fresh data above this times the modelled one, or below its inverse, is no overfitting.
 SUSPECT = 3.0
 # Where targets are unbounded, a squared gradient at the output that grew by this much makes the step a suspect.
@@ -99,7 +101,7 @@ class LossMultiplier:
     Args:
         state: Of the first layer's first parameter: ``multiplier``, s and S; and ``promise``, what the previous step
             promised: its slope and bend, the squared gradient at the output before it, −1 without a previous step, and
-            whether steps are trusted.
+            whether steps are trusted; ``confirmed``, of the fall that steps promised, the share that fresh data saw.
         local: The quadratic model of the current pass, made where it is needed.
         forward: The current pass.
         likelihood: Of the declared loss.
@@ -220,6 +222,15 @@ class LossMultiplier:
         slope, bend = self.local.parts
         error = 0.0 if self.bound[1] else self._squared_error()
         self.state["promise"] = torch.tensor([rate * slope, rate**2 * bend, error, self._promise[3]])
+
+    def confirm(self, change: float) -> None:
+        """Compare what the previous step promised with its change of the loss as the current batch sees it."""
+        slope, bend, error, _ = self._promise
+        promised = slope + bend / 2
+        if error < 0 or promised >= 0 or not math.isfinite(change):
+            return
+        share = torch.tensor([min(max(change / promised, 0.0), 1.0)])
+        self.state["confirmed"] = torch.lerp(share, self.state.get("confirmed", share), DECAY)
 
     def reject(self) -> None:
         """No step was short enough to lower the loss: if s was never seen to be right, it is too small."""

@@ -5,7 +5,8 @@ expectation plus that of its noise, and the second is known from the gradients o
 
     total   tr VᵀP(V)        noise   N · mean_n tr V_nᵀP(V_n) − total / N
 
-Both are averaged over steps, as each is noisy where the one hardly exceeds the other.
+The share of noise in the total is averaged over steps, as it is noisy where the one hardly exceeds the other. The two
+themselves fall by orders of magnitude, and an average of them would be that of the first steps for long.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ from natgrad.batch import Sample
 from natgrad.inverses import Inverse
 from natgrad.layers import Layer
 
-# Of the running averages; and the least share of signal that is believed, as no finite number of steps can show less.
-DECAY, LEAST_SIGNAL = 0.9, 1e-3
+# Of the running average; and the least share of signal that is believed, as no finite number of steps can show less.
+DECAY, LEAST_SIGNAL = 0.7, 1e-3
 State = dict[str, Tensor]
 
 
@@ -55,16 +56,17 @@ def split(measured: Tensor) -> Tensor | None:
 
 
 def remember(state: State, latest: Tensor, anew: bool) -> None:
-    """Fold the latest (total, noise) into the running average."""
+    """Fold the share of noise in the latest (total, noise) into its running average."""
+    share = (latest[1:] / latest[:1]).clamp(max=1)
     if anew or "noise" not in state:
-        state["noise"] = latest
+        state["noise"] = share
     else:
-        state["noise"].lerp_(latest.to(state["noise"].dtype), 1 - DECAY)
+        state["noise"].lerp_(share.to(state["noise"].dtype), 1 - DECAY)
 
 
-def ratio(averages: Sequence[Tensor]) -> float:
-    """Noise over signal, of one layer or pooled over several; 1 if nothing is known."""
-    if not averages:
-        return 1.0
-    total, noise = torch.stack([average.double() for average in averages]).sum(0).tolist()
-    return 1.0 / max(total / noise - 1.0, LEAST_SIGNAL) if noise > 0 else 0.0
+def ratio(shares: Sequence[Tensor]) -> float:
+    """Noise over signal, of one layer or on average over several; as of noise alone if nothing is known."""
+    if not shares:
+        return 1 / LEAST_SIGNAL
+    share = float(torch.cat([share.double() for share in shares]).mean())
+    return share / max(1 - share, LEAST_SIGNAL)

@@ -86,6 +86,7 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("`kl_clip` bounds a given rate: pass a number as `lr`, or leave `kl_clip` out.")
         self.preconditioner = Preconditioner(model, loss, damping=damping, kl_clip=kl_clip, **curvature)
         self.automatic_lr, self.momentum = lr == "auto", momentum
+        self.preconditioner.capture.sampling = damping == "auto" and self._evaluates
         self._adamw: torch.optim.AdamW | None = None
         self.undone_steps = 0
         self._diagnostics: dict[str, float] = {}
@@ -118,6 +119,11 @@ class KFAC(torch.optim.Optimizer):
             self.param_groups = before
             raise
 
+    @property
+    def _evaluates(self) -> bool:
+        """Whether the model is evaluated to choose the step."""
+        return self.automatic_lr or self.momentum == "auto"
+
     def _choose_layers(self) -> None:
         self.preconditioner.select(p for group in self.param_groups if not group["fallback"] for p in group["params"])
         self._share()
@@ -149,8 +155,7 @@ class KFAC(torch.optim.Optimizer):
                 loss = closure()
         if not self.preconditioner.steps:
             self.state.update({p: states.known(kept) for p, kept in self.state.items()})
-        evaluates = self.automatic_lr or self.momentum == "auto"
-        if self.preconditioner.update(self._stands if evaluates else None):
+        if self.preconditioner.update(self._stands if self._evaluates else None):
             self._step_layers()
             if self._adamw is not None:
                 self._adamw.step()
@@ -198,13 +203,14 @@ class KFAC(torch.optim.Optimizer):
             scale = clip_scale(natural, self.preconditioner.gradient, bound, shares)
             torch._foreach_mul_(list(natural.values()), scale)
         previous = {p: whole(self.state[p]["velocity"]) for p in natural if "velocity" in self.state[p]}
-        if len(previous) < len(natural) or self.momentum == 0.0:
+        if len(previous) < len(natural):
             previous = {}
-        if min(shares.values()) < 1:  # the quadratic model then chooses for steps that are so related
+        alike = min(shares.values()) == 1
+        if not alike:  # the quadratic model then chooses for steps that are so related
             natural = {p: direction * shares[p] for p, direction in natural.items()}
             if self.automatic_lr:
                 previous = {p: velocity * shares[p] for p, velocity in previous.items()}
-        alpha, mu = self._coefficients(lr, natural, previous)
+        alpha, mu = self._coefficients(lr, natural, previous, alike)
         self._diagnostics.update(lr=alpha, momentum=mu)
         self._latest_step = natural  # whose tensors become the step below
         decays = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
@@ -219,9 +225,16 @@ class KFAC(torch.optim.Optimizer):
             parameter.add_(like(velocity.to(parameter.dtype), parameter))
 
     def _coefficients(
-        self, lr: float, natural: dict[nn.Parameter, Tensor], previous: dict[nn.Parameter, Tensor]
+        self, lr: float, natural: dict[nn.Parameter, Tensor], previous: dict[nn.Parameter, Tensor], whole_step: bool
     ) -> tuple[float, float]:
-        """α and μ, given or from the quadratic model; with an automatic rate, ``lr`` multiplies both."""
+        """α and μ, given or from the quadratic model; with an automatic rate, ``lr`` multiplies both.
+
+        Args:
+            lr: Of the group with the largest.
+            natural: The natural gradient.
+            previous: The previous step, or what the rates of the groups leave of it.
+            whole_step: Whether that is all of it.
+        """
         given_momentum = None if self.momentum == "auto" else float(self.momentum)
         if not self.automatic_lr and (given_momentum is not None or not previous):
             return lr, given_momentum or 0.0
@@ -233,6 +246,8 @@ class KFAC(torch.optim.Optimizer):
         named = [{self._names[p]: d for p, d in direction.items()} for direction in directions]
         given = [None if self.automatic_lr else lr, given_momentum][: len(directions)]
         c, told = quadratic.choose(multiplier.local, named, b, given)
+        if whole_step and "previous_change" in told:
+            multiplier.confirm(told["previous_change"])
         multiplier.promise(lr if self.automatic_lr else 1.0)
         if not c.any() and told["halvings"]:
             multiplier.reject()
@@ -327,6 +342,7 @@ class KFAC(torch.optim.Optimizer):
             Where the quadratic model chose rate or momentum, of the step before ``group["lr"]`` multiplies it:
 
             - ``predicted_change``, ``actual_change``: of the loss, on the model's data; by the model, and in fact.
+            - ``previous_change``: of the loss over the step before, by the model on the batch that came after it.
             - ``kl``: ½ sᵀFs with F the whole network's Gauss-Newton matrix on the model's data, in units of the loss;
               the ratio of ``kl_kfac`` to it says how well the blocks know the curvature along the step.
             - ``loss_multiplier``: what the loop multiplies the declared loss by, as far as that can be known; see

@@ -47,7 +47,8 @@ class Preconditioner:
         loss: ``"mse"``, ``"cross_entropy"``, ``"bce_with_logits"``, a torch loss module, or a
             :class:`~natgrad.likelihoods.Likelihood`.
         damping: A number (added to the block: split between the factors with ``inverse="cholesky"``, otherwise
-            exactly), a pair (added to A, added to G), or ``"auto"``.
+            exactly), a pair (added to A, added to G), or ``"auto"``: from the curvature, heavily where steps are given
+            and lightly where :class:`~natgrad.KFAC` finds that its own hold on fresh data.
         kl_clip: Upper bound on gᵀΔ, the squared length of the preconditioned gradient Δ in the curvature's norm; twice
             the KL divergence of a step at rate 1. A longer Δ is scaled down.
         fisher: ``"mc"``: the true Fisher by sampling; ``"exact"``: the same by one backward pass per output entry;
@@ -135,7 +136,6 @@ class Preconditioner:
             sharing=resolve_sharing(sharing, [layer.name for layer in self.layers]),
             output=output,
             seed=seed,
-            sampling=damping == "auto",
             world=self.world,
         )
         self._own_capture()

@@ -8,6 +8,10 @@ is the Gauss-Newton matrix of the *whole* network, not its Kronecker approximati
 so two Jacobian-vector products, on some of the batch, are all it takes (:mod:`natgrad.derivatives`); nothing is
 backpropagated. Minimizing over c gives rate and momentum at once: d₁ is the natural gradient, d₂ the previous step.
 
+In these sums a few data may outweigh all others: the direction is made for those that are not learnt yet, and changes
+their outputs most. So half of the chosen data are those of the longest gradients at the output; the other half stand
+for the rest.
+
 The model holds near θ only. Whether a step s is short enough is seen by a forward pass before and after it, without the
 targets: with f and f′ the outputs, and g_f the gradient that the user's loss sent to f,
 
@@ -33,9 +37,8 @@ from natgrad.layers import at_least_float32, uncompiled
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 
-# The model is evaluated on this share of a batch, but on no fewer data if the batch has them: at 512 the relative
-# standard error of M is near 5 %, and half as many cost more in shortened steps than they save.
-SHARE, MIN_DATA = 1 / 20, 512
+# The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
+SHARE, MIN_DATA = 1 / 20, 128
 # A step is taken when the loss falls by this share of what the model predicts, and else halved up to so many times.
 SUFFICIENT, HALVINGS = 0.1, 8
 
@@ -65,10 +68,11 @@ class LocalModel:
         self.ranks = ranks or Ranks()
         self.size = min(round(max(MIN_DATA * self.ranks.part, SHARE * forward.data)), forward.data)
         self.chosen: slice | Tensor = slice(None)
+        self.emphasis = torch.ones(self.size, device=forward.output.device)
         if self.size < forward.data:
-            # Drawn anew at every step, and as far as possible not from the data of the factors: on the very data whose
-            # factors made the direction, its curvature would look too small.
-            self.chosen = shuffled(forward.data, forward.seed)[-self.size :].to(forward.output.device)
+            assert forward.gradient is not None
+            order = shuffled(forward.data, forward.seed).to(forward.output.device)
+            self.chosen, self.emphasis = stratified(order, self.size, forward.gradient.reshape(forward.data, -1))
         self.args, self.kwargs = subsample(forward, self.chosen)
         self.rearrange = rearrangement(forward)
         self.forward = forward
@@ -93,7 +97,7 @@ class LocalModel:
         previous, data = tangents[-1] if len(tangents) > 1 else None, self.size / (self.ranks.part or 1.0)
         self._before, products = along(self._run, parameters, tangents, previous, data)
         _, at = self._before
-        root = 1.0 if self.weights is None else self.weights.curvature.sqrt()
+        root = self._weigh(at).sqrt()
         J = torch.stack([(product * root).flatten() for product in products])
         HJ = torch.stack([(root * self.likelihood.hessian_product(at, product)).flatten() for product in products])
         return self.ranks.mean(self._scale(at) * (J @ HJ.mT))
@@ -104,7 +108,8 @@ class LocalModel:
         tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
         self._before, (product, _) = directional_derivative(self._run, parameters, tangent)
         assert self.forward.gradient is not None
-        return float(self.ranks.mean(torch.sum(self._take(self.forward.gradient) * product) / self.share))
+        arrived = self._arrived(self.forward.gradient)
+        return float(self.ranks.mean(torch.sum(arrived * product)))
 
     def change(self, step: dict[str, Tensor]) -> float:
         """By how much the loss would change if the parameters moved by ``step``.
@@ -116,12 +121,12 @@ class LocalModel:
             self._before = self._run(parameters)
         returned, before = self._before
         returned_after, after = self._run({name: p + step[name].to(p.dtype) for name, p in parameters.items()})
-        weight = 1.0 if self.weights is None else self.weights.curvature
+        weight = self._weigh(before)
         divergence = weight * self.likelihood.divergence(before, after)
         assert self.forward.gradient is not None
         users = at_least_float32(self._take(self.forward.output))
         shift = self._scale(before) * weight * self.likelihood.gradient_change(users, before)
-        arrived = self._take(self.forward.gradient) / (self.scaler * self.share)
+        arrived = self._arrived(self.forward.gradient) / self.scaler
         linear = torch.sum(arrived * (returned_after - returned)) + torch.sum(shift * (after - before))
         bend = self._scale(before) * divergence.sum()
         slope, rise = map(float, self.ranks.mean(torch.stack([linear, bend])))
@@ -153,8 +158,24 @@ class LocalModel:
         """R for these data, as if they were the whole batch."""
         own: float = self.likelihood.terms(output)
         if self.weights is not None and self.likelihood.reduction == "mean":
-            own = float(self.weights.terms.sum()) or 1.0  # all ignored: nothing is left to be scaled
+            counted = self.weights.terms * self._emphasis(self.weights.terms)
+            own = float(counted.sum()) or 1.0  # all ignored: nothing is left to be scaled
         return self.multiplier * self.likelihood.scale(self.total_terms) * self.total_terms / own
+
+    def _weigh(self, output: Tensor) -> Tensor:
+        """What each criterion counts, for a sum that stands for all of the chosen data's."""
+        rows = self._emphasis(output)
+        return rows if self.weights is None else self.weights.curvature * rows
+
+    def _arrived(self, gradient: Tensor) -> Tensor:
+        """The gradient of the user's loss at the chosen data's outputs, as if they were the whole batch."""
+        taken = self._take(gradient)
+        return taken * self._emphasis(taken) / self.share
+
+    def _emphasis(self, like: Tensor) -> Tensor:
+        """Of each row of a tensor that has one or several for each chosen datum."""
+        each = self.emphasis.to(like.dtype).repeat_interleave(len(like) // len(self.emphasis))
+        return each.reshape(-1, *[1] * (like.ndim - 1))
 
     def _take(self, rows: Tensor) -> Tensor:
         """The chosen data's rows, of a tensor that has one or several for each datum."""
@@ -177,6 +198,7 @@ def choose(
         The coefficients, and diagnostics. All are zero when even the shortest step does not lower the loss.
     """
     M = local.curvature(directions)
+    looking_back = {"previous_change": float(b[1] - M[1, 1] / 2)} if len(directions) > 1 else {}
     c = minimize(M, b, given)
     if given[0] is None and c[0] < 0:  # noise: the natural gradient goes downhill
         c = minimize(M, b, [0.0, *given[1:]])
@@ -189,6 +211,7 @@ def choose(
             "actual_change": actual,
             "kl": float(kl),
             "halvings": float(halvings),
+            **looking_back,
         }
         if actual <= SUFFICIENT * min(predicted, 0.0):
             return c, diagnostics
@@ -203,6 +226,28 @@ def combine(directions: Sequence[dict[str, Tensor]], c: Tensor) -> dict[str, Ten
         for name, d in direction.items():
             step[name].add_(d, alpha=float(coefficient))
     return step
+
+
+def stratified(order: Tensor, size: int, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Some of the data that stand for all: those of the longest gradients, and others in a random order.
+
+    Args:
+        order: The data, shuffled; the factors take theirs from its start. The others are taken from its end: on the
+            very data whose factors made the direction, its curvature would look too small.
+        size: How many to choose.
+        gradients: Of the loss at the output, a row for each datum.
+
+    Returns:
+        The chosen, and what each counts, 1 on average: a sum over them with these weights has the sum over all, times
+        ``size`` over their number, as its expectation.
+    """
+    data, top = len(order), size // 2
+    longest = gradients.norm(dim=1).topk(top).indices
+    is_left = torch.ones(data, dtype=torch.bool, device=order.device).index_fill(0, longest, False)
+    others = order[is_left[order].argsort(stable=True)][top - size :]
+    share = size / data
+    counts = torch.tensor([1.0, (data - top) / (size - top)]).repeat_interleave(torch.tensor([top, size - top]))
+    return torch.cat([longest, others]), share * counts.to(order.device)
 
 
 def _devices(parameters: dict[str, Tensor]) -> list[torch.device]:

@@ -21,7 +21,7 @@ OF_BLOCK = ("scale", "spectrum", "shift")
 # Whether the factors are newer than their inverse.
 MOVED = "moved"
 # Kept with the first layer, for the whole network; and their sizes.
-OF_ALL = {"multiplier": 2, "promise": 4}
+OF_ALL = {"multiplier": 2, "promise": 4, "confirmed": 1}
 
 
 def names(inverse: Sequence[str], sampling: bool) -> list[str]:
@@ -50,7 +50,7 @@ def of_layer(layer: Layer, name: str) -> Tensor:
         **dict.fromkeys(OF_A, (*blocks, width, 1 if a_diagonal else width)),
         **dict.fromkeys(OF_G, (*blocks, out, 1 if g_diagonal else out)),
         **dict.fromkeys(OF_BLOCK, (*blocks, out, width)),
-        "noise": (2,),
+        "noise": (1,),
     }
     return torch.full(shapes[name], torch.nan, dtype=wide, device=parameter.device)
 

@@ -231,25 +231,15 @@ def _singd(model: nn.Module, workload: Workload, **settings: Any) -> list[Optimi
     "kfac",
     "natgrad.KFAC",
     {
-        "lr": Choice(1.0, 0.5, 0.7),
-        "damping_a": Choice("auto", 1e-1, 1e-2, 1.0),
-        "damping_g": Choice(1e-2, 1e-3, 1e-4),
+        "lr": Choice("auto", 0.1),
+        "damping": Choice("auto", 1e-5),
         "weight_decay": Choice(0.0, 1e-3, 1e-2),
     },
 )
-def _kfac(
-    model: nn.Module,
-    workload: Workload,
-    lr: float = 1.0,
-    damping_a: float | str = "auto",
-    damping_g: float = 1e-2,
-    **settings: Any,
-) -> list[Optimizer]:
-    """natgrad with nothing set. ``lr`` multiplies the automatic rate; ``damping_g`` counts with ``damping_a`` only."""
-    damping: Any = "auto" if damping_a == "auto" else (damping_a, damping_g)
-    optimizer = natgrad.KFAC(model, workload.natgrad_loss, damping=damping, **settings)
-    optimizer.param_groups[0]["lr"] = lr
-    return [optimizer]
+def _kfac(model: nn.Module, workload: Workload, lr: float | str = "auto", **settings: Any) -> list[Optimizer]:
+    """natgrad with nothing set; with a number as ``lr``, as the documentation advises for given rates."""
+    rates: Any = {} if lr == "auto" else {"lr": lr, "momentum": 0.9, "kl_clip": 1e-3}
+    return [natgrad.KFAC(model, workload.natgrad_loss, **rates, **settings)]
 
 
 def rival(module: str) -> Any:
