@@ -162,8 +162,8 @@ def test_without_gradients_the_given_factor_stands_for_theirs() -> None:
     statistics = Statistics(None)
     statistics.add_inputs(moment(random(4, 1, 3), False, "expand", False), slice(None), 1.0)
     zero = torch.zeros(2, 2)
-    assert statistics.factors(1.0, zero)[1] is zero
     assert len(list(statistics.tensors())) == 1
+    assert statistics.factors(1.0, zero)[1] is zero
 
 
 # Two uses of one weight.

@@ -90,10 +90,14 @@ class Statistics:
         yield from (t for t in (self.A, self.G) if t is not None)
 
     def factors(self, scale: float, zero: Tensor) -> Factors:
-        """A, and G in units of the loss; ``zero`` stands for a G to which no gradient came."""
+        """Hand over A, and G in units of the loss; ``zero`` stands for a G to which no gradient came.
+
+        The sums become the factors in place, and are gone: they are as large as all that is kept of a layer's factors.
+        """
         assert self.A is not None
         assert self.weight is not None
-        return self.A / self.weight.clamp(min=1), zero if self.G is None else self.G * scale
+        A, G, self.A, self.G = self.A, self.G, None, None
+        return A.div_(self.weight.clamp(min=1)), zero if G is None else G.mul_(scale)
 
 
 def join(one: Factors, other: Factors) -> Factors:
@@ -142,4 +146,5 @@ def update_average(state: dict[str, Tensor], new: Mapping[str, Tensor], decay: f
     state[age].mul_(decay).add_(1.0)
     share = 1.0 / state[age].item()
     for name, tensor in new.items():
-        state[name].lerp_(tensor.to(state[name].dtype), share)
+        latest = tensor.to(state[name].dtype)
+        state[name] = latest if share == 1 else state[name].lerp_(latest, share)

@@ -197,6 +197,7 @@ class Preconditioner:
         if not self.update():
             for parameter in self.model.parameters():
                 parameter.grad = None
+            self.release()
             return False
         natural = self.directions()
         scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.gradient, self.kl_clip)
@@ -276,8 +277,8 @@ class Preconditioner:
         return self._whole.get(parameter, parameter.grad)
 
     def release(self) -> None:
-        """Let go of the gradients that were gathered for the step."""
-        self._whole = {}
+        """Let go of everything that was gathered for the step."""
+        self._whole, self.batch, self.multiplier = {}, Batch(self.loss, self.fisher), None
 
     def _matrix(self, layer: Layer) -> Tensor | None:
         """The gradient of a layer as a matrix; None without all of it or without factors."""

@@ -68,7 +68,7 @@ class Row:
         median: Seconds of a step.
         largest: Seconds of a step.
         state: Bytes of the tensors that the optimizers keep between steps.
-        estimate: Bytes of the factors and inverses, as ``natgrad.describe`` tells beforehand; 0 for the others.
+        estimate: The same as ``natgrad.describe`` tells it beforehand; 0 for the others.
     """
 
     axis: str
@@ -174,5 +174,5 @@ def _row(case: Case, trial: Trial, seconds: list[float]) -> Row:
         median=statistics.median(seconds),
         largest=max(seconds),
         state=sum(t.nbytes for t in tensors),
-        estimate=sum(row.memory for row in natgrad.describe(trial.model).rows) if is_natgrad else 0,
+        estimate=natgrad.describe(trial.model).memory if is_natgrad else 0,
     )
