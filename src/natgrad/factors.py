@@ -22,6 +22,9 @@ from natgrad.layers import Moment, Sharing
 # So many rows for each of its dimensions determine a factor well enough, damped as it will be; fewer are averaged over
 # steps, with the decay that kfac-jax uses.
 ROWS_PER_DIMENSION, LONG_DECAY = 1, 0.95
+# With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time, and those of a whole batch even
+# some generalization (`docs/decisions.md`).
+MIN_ROWS = 512
 
 Factors = tuple[Tensor, Tensor]
 """(A, G)."""
@@ -136,6 +139,11 @@ def determines(rows: int, dimension: int) -> bool:
     as soon as the noise is bearable. ``docs/decisions.md`` has the measurements.
     """
     return rows >= ROWS_PER_DIMENSION * dimension
+
+
+def share_needed(rows: int, dimension: int) -> float:
+    """Which part of a batch of so many rows is enough for factors of at most ``dimension``; above 1 if none is."""
+    return max(MIN_ROWS, ROWS_PER_DIMENSION * dimension) / max(rows, 1)
 
 
 def update_average(state: dict[str, Tensor], new: Mapping[str, Tensor], decay: float, age: str = "age") -> None:

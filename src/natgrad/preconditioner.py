@@ -20,7 +20,7 @@ from natgrad import damping as dampings
 from natgrad import diagnostics, exchange, schedule
 from natgrad import state as states
 from natgrad.batch import Batch, Fisher, all_finite
-from natgrad.capture import Capture, check_fisher
+from natgrad.capture import Capture
 from natgrad.clipping import clip_scale
 from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, reshard, whole
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
@@ -30,7 +30,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
 from natgrad.metric import Metric
 from natgrad.multiplier import LossMultiplier
-from natgrad.options import check_inverse, check_numbers, check_periods, check_positive
+from natgrad.options import check_fisher, check_inverse, check_numbers, check_periods, check_positive
 from natgrad.quadratic import LocalModel
 from natgrad.schedule import Period
 

@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from natgrad.batch import Forward, shuffled
 from natgrad.derivatives import Outputs, along, directional_derivative
-from natgrad.distributed import Ranks, is_sharded, shards_left_alone, whole
-from natgrad.layers import at_least_float32, uncompiled
+from natgrad.distributed import Ranks, is_sharded, whole
+from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
+from natgrad.rerun import rerun, subsample
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them: at 512 the relative
 # standard error of M is near 5 %, and half as many cost more in shortened steps than they save.
@@ -138,12 +138,7 @@ class LocalModel:
 
     def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The tensor whose gradient was noted, and the one that the loss sees."""
-        # Copies made in here may be written to under differentiation; captured ones may not.
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        # The same dropout every time, and the user's random stream as it was.
-        forked = torch.random.fork_rng(devices=_devices(parameters))
-        with forked, shards_left_alone(self.model), uncompiled(self.model):
-            raw = functional_call(self.model, {**self._gathered, **parameters, **buffers}, self.args, self.kwargs)
+        raw = rerun(self.model, {**self._gathered, **parameters}, self.args, self.kwargs)
         output = at_least_float32(self.rearrange(self.select(raw)))
         if self.forward.returned is None:
             return output, output
@@ -203,19 +198,6 @@ def combine(directions: Sequence[dict[str, Tensor]], c: Tensor) -> dict[str, Ten
         for name, d in direction.items():
             step[name].add_(d, alpha=float(coefficient))
     return step
-
-
-def _devices(parameters: dict[str, Tensor]) -> list[torch.device]:
-    return list({parameter.device for parameter in parameters.values() if parameter.device.type == "cuda"})
-
-
-def subsample(forward: Forward, chosen: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the chosen data of each tensor whose first dimension is as long as the output's."""
-
-    def take(value: Any) -> Any:
-        return value[chosen] if isinstance(value, Tensor) and value.ndim and value.shape[0] == forward.data else value
-
-    return tuple(map(take, forward.args)), {key: take(value) for key, value in forward.kwargs.items()}
 
 
 def rearrangement(forward: Forward) -> Callable[[Tensor], Tensor]:
