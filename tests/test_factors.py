@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cases import dense_block, every_sharing
 from natgrad.factors import Statistics, determines, join, resolve_sharing, update_average
-from natgrad.layers.moments import moment
+from natgrad.layers.moments import SMALL, moment
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -98,6 +98,16 @@ def test_moment_is_that_of_the_extended_rows(
     assert torch.allclose(dense(total), diagonal_of(expected) if diagonal else expected)
     assert weight == (N * S if sharing == "expand" else N * S**2)
     assert count == (N * S if sharing == "expand" else N)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("B", [None, 2])
+def test_moment_of_wide_rows_is_that_of_all_their_blocks(bias: bool, B: int | None) -> None:
+    """Some are computed, the others mirrored: catches one in the wrong place, or never filled."""
+    rows = random(*[B] * (B is not None), 5, 1, 2 * SMALL + 89)
+    total = moment(rows, bias, "expand", False).total
+    flat = (with_ones(rows) if bias else rows).flatten(-3, -2)
+    assert torch.allclose(total, flat.mT @ flat)
 
 
 @every_sharing

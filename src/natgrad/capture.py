@@ -81,7 +81,6 @@ class Capture:
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
         self._waiting: Forward | None = None  # for the loss module to be called
         self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
-        self._again = False  # while the model runs because we called it
         self._model, self._handles, self._uncompiled = model, list[RemovableHandle](), ExitStack()
         self.watch(layers, sharing)
 
@@ -169,7 +168,7 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():  # by `model.compile()`, which takes the hooks in; the layers will be missed
             return
-        if not self.attached or self._again:
+        if not self.attached:
             return
         if self.batch.latest is not None and self.batch.latest.gradient is not None:
             self._put_aside()
@@ -180,7 +179,7 @@ class Capture:
             self._uncompiled.enter_context(uncompiled(module))
 
     def _compile_again(self, *_: Any) -> None:
-        if self.attached and not self._again:
+        if self.attached:
             self._uncompiled.close()
 
     def record(self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
@@ -194,7 +193,7 @@ class Capture:
             z.register_hook(partial(self._add_empirical, call))
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], raw: Any) -> None:
-        if self._again:
+        if not self.attached:
             return
         calls, self._calls = self._calls, None
         if calls is None or not (output := self.select(raw)).requires_grad:
@@ -278,12 +277,12 @@ class Capture:
         chosen = few(forward) if self.fisher in ("mc", "exact") else None
         if chosen is None:
             return forward
-        self._calls, self._again = [], True
+        self._calls, self.attached = [], False  # the hooks on the layers work alone, and for us
         try:
             part = again(unwrap(self._model), forward, chosen, self.select)
             calls = self._calls
         finally:
-            self._calls, self._again = None, False
+            self._calls, self.attached = None, True
         return part if part is not None and stands_for(part, self._uses(calls), forward, chosen) else forward
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
@@ -363,7 +362,7 @@ class Capture:
     def _choose(self, layer: Layer, z: Tensor) -> tuple[slice | Tensor, float]:
         """Some data of the batch, drawn anew at each forward; and all data over these."""
         n = z.shape[layer.data_dim]
-        if z.ndim < 2 or n == 0 or self._again:
+        if z.ndim < 2 or n == 0 or not self.attached:
             return slice(None), 1.0
         if self.batch_fraction == "auto":
             rows = z.numel() // (layer.shape[0] * (layer.blocks or 1))
