@@ -103,7 +103,7 @@ def held() -> dict[int, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_memory_is_what_is_held_between_steps(dtype: torch.dtype) -> None:
-    """Catches a previous step that is a view of a larger tensor, and anything of a batch that is not let go of."""
+    """Catches a tensor that is not counted, and anything of a batch that is not let go of: sums, samples, outputs."""
     model = nn.Sequential(nn.Conv1d(4, 12, 3, groups=2), nn.PReLU(12), nn.Flatten(), nn.Linear(60, 9), nn.Linear(9, 9))
     model.to(dtype)
     before = held()

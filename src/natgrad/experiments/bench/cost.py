@@ -43,7 +43,8 @@ class Case:
 
     Attributes:
         axis: What is varied around the base: ``"batch"``, ``"width"``, ``"depth"``, ``"period"``; or ``"article"``,
-            the article's network with so many images a step.
+            the article's network with so many images a step, and ``"fresh"``, the same with curvature and inverses
+            made anew at every step.
         value: Its value.
         build: The workload.
         settings: For natgrad.
@@ -113,11 +114,12 @@ def cases(axes: Sequence[str]) -> list[Case]:
         for value in values.get(axis, ())
     ]
     if "period" in axes:
-        settings = [(p, {"curvature_period": p, "inverse_period": p}) for p in PERIODS]
-        found += [Case("period", p, partial(chain, **base), own) for p, own in settings]
-    if "article" in axes:
-        sizes = {500: Settings(batch_size=500), 10_000: Settings()}
-        found += [Case("article", n, partial(article, "article", 0.0, own), {}) for n, own in sizes.items()]
+        periods = [(p, {"curvature_period": p, "inverse_period": p}) for p in PERIODS]
+        found += [Case("period", p, partial(chain, **base), own) for p, own in periods]
+    sizes = {500: Settings(batch_size=500), 10_000: Settings()}
+    for axis, settings in (("article", {}), ("fresh", {"curvature_period": 1, "inverse_period": 1})):
+        if axis in axes:
+            found += [Case(axis, n, partial(article, "article", 0.0, own), settings) for n, own in sizes.items()]
     return found
 
 
