@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 import natgrad
 from cases import assert_blocks, product_blocks
 from linear_cases import stack
-from natgrad import capture
+from natgrad import factors
 from natgrad.batch import Batch
 from natgrad.factors import Statistics
 from natgrad.likelihoods import Gaussian
@@ -234,14 +234,14 @@ def test_a_fraction_is_drawn_anew_at_every_step() -> None:
 @pytest.mark.parametrize(("n", "expected"), [(5, 5), (6, 6), (7, 6), (11, 6), (48, 6)])
 def test_auto_keeps_a_row_for_each_dimension(n: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The larger factor, of size 6, wants 6 rows."""
-    monkeypatch.setattr(capture, "MIN_ROWS", 1)
+    monkeypatch.setattr(factors, "MIN_ROWS", 1)
     preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
     preconditioner.model(torch.randn(n, 5))
     assert statistics(preconditioner)["0"].rows == expected
 
 
 def test_auto_counts_positions_and_keeps_a_least_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "MIN_ROWS", 30)
+    monkeypatch.setattr(factors, "MIN_ROWS", 30)
     preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
     preconditioner.model(torch.randn(12, 10, 5))  # 120 rows: a fourth of the data
     assert statistics(preconditioner)["0"].rows == 30

@@ -115,7 +115,7 @@ def draws() -> tuple[list[Tensor], int]:
     own = [torch.empty_like(G) for _ in range(dist.get_world_size())]
     dist.all_gather(own, G)
     loss.backward()
-    preconditioner.step()
+    preconditioner.update()
     return own, preconditioner.batch.rows("0")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cases import dense_block, every_sharing
 from natgrad.factors import Statistics, determines, join, resolve_sharing, update_average
-from natgrad.layers.moments import moment
+from natgrad.layers.moments import SMALL, moment
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -100,6 +100,16 @@ def test_moment_is_that_of_the_extended_rows(
     assert count == (N * S if sharing == "expand" else N)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("B", [None, 2])
+def test_moment_of_wide_rows_is_that_of_all_their_blocks(bias: bool, B: int | None) -> None:
+    """Some are computed, the others mirrored: catches one in the wrong place, or never filled."""
+    rows = random(*[B] * (B is not None), 5, 1, 2 * SMALL + 89)
+    total = moment(rows, bias, "expand", False).total
+    flat = (with_ones(rows) if bias else rows).flatten(-3, -2)
+    assert torch.allclose(total, flat.mT @ flat)
+
+
 @every_sharing
 @some_examples
 @hypothesis.given(N=st.integers(1, 4), S=st.integers(1, 3), B=SIDE_BY_SIDE, bias=st.booleans())
@@ -162,8 +172,8 @@ def test_without_gradients_the_given_factor_stands_for_theirs() -> None:
     statistics = Statistics(None)
     statistics.add_inputs(moment(random(4, 1, 3), False, "expand", False), slice(None), 1.0)
     zero = torch.zeros(2, 2)
-    assert statistics.factors(1.0, zero)[1] is zero
     assert len(list(statistics.tensors())) == 1
+    assert statistics.factors(1.0, zero)[1] is zero
 
 
 # Two uses of one weight.

@@ -103,7 +103,7 @@ def test_nothing_is_measured_where_it_is_not_used(rates: dict[str, float]) -> No
     optimizer = natgrad.KFAC(model, "mse", **{"momentum": 0.0, **rates})  # type: ignore[arg-type]
     mse_loss(model(torch.randn(6, 3)), torch.randn(6, 2)).backward()
     optimizer.step()
-    assert not optimizer.preconditioner.batch.samples
+    assert not optimizer.preconditioner.capture.sampling
     assert "noise" not in optimizer.preconditioner.states()[""]
 
 

@@ -23,7 +23,6 @@ from natgrad.quadratic import (
     combine,
     minimize,
     rearrangement,
-    subsample,
 )
 from oracle import relative_error
 from quadratic_cases import Direction, directions_of, network
@@ -158,20 +157,6 @@ def test_evaluation_captures_nothing() -> None:
     preconditioner = natgrad.Preconditioner(model, "mse")
     of_natgrad(model, "mse", x, directions_of(model))
     assert preconditioner.capture.batch.forwards == 0
-
-
-# Which data are evaluated.
-
-
-def test_subsample_takes_the_chosen_data_of_what_has_the_batch_dimension() -> None:
-    x, mask, table = torch.arange(10.0), torch.arange(20.0).reshape(10, 2), torch.randn(3, 10)
-    forward = Forward((x, table, 0.5), {"mask": mask, "flag": True}, torch.empty(10, 2), [])
-    args, kwargs = subsample(forward, torch.tensor([7, 0, 4]))
-    assert args[0].tolist() == [7, 0, 4]
-    assert args[1] is table
-    assert args[2] == 0.5
-    assert torch.equal(kwargs["mask"], mask[[7, 0, 4]])
-    assert kwargs["flag"] is True
 
 
 # The choice of a step.

@@ -328,9 +328,9 @@ def shuffled(data: int, seed: int) -> Tensor:
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every entry is finite, with a single synchronization."""
-    largest = torch._foreach_norm([t for t in tensors if t.numel()], torch.inf)
-    return bool(torch.stack([value.isfinite() for value in largest]).all())
+    """Whether every entry is finite, with a single synchronization; both extremes are NaN where an entry is."""
+    extremes = [extreme for t in tensors if t.numel() for extreme in torch.aminmax(t.detach())]
+    return bool(torch.stack([extreme.isfinite() for extreme in extremes]).all())
 
 
 def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:

@@ -3,7 +3,8 @@
 Hooks on the layers remember, for each call, the input and the *gradient edge* of the output: the place in the autograd
 graph where its gradient arrives. A hook on the root module then takes the model's output, asks the likelihood for
 vectors and sends them back to the edges by ``torch.autograd.grad``. No parameter gradient is computed, ``.grad`` is
-untouched, and the graph stays for the user's own ``backward()``. An edge, unlike the output tensor, still means the
+untouched, and the graph stays for the user's own ``backward()``. Where few data enter the factors, the vectors go
+through a second pass of these alone (:mod:`natgrad.rerun`). An edge, unlike the output tensor, still means the
 same place after an in-place activation has overwritten the output. Inside compiled code there are no edges: a forward
 whose statistics are due runs uncompiled, and in the others our hooks leave no trace in the compiled graph.
 
@@ -15,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +25,10 @@ from torch.utils.hooks import RemovableHandle
 
 from natgrad.batch import Batch, Call, Fisher, Forward, full_precision, is_there, one_position_each, shuffled, source
 from natgrad.distributed import World
-from natgrad.factors import ROWS_PER_DIMENSION, Statistics
-from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled
-from natgrad.likelihoods import Likelihood
+from natgrad.factors import Statistics, share_needed
+from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
-
-# With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time, and those of a whole batch even
-# some generalization (`docs/decisions.md`).
-MIN_ROWS = 512
-
-
-def check_fisher(fisher: str, likelihood: Likelihood | None) -> None:
-    """Raise a ``ValueError`` for an unknown Fisher, or one that needs a loss and has none."""
-    if fisher not in get_args(Fisher):
-        raise ValueError(f"`fisher` must be one of {get_args(Fisher)}, not {fisher!r}.")
-    if likelihood is None and fisher in ("mc", "exact"):
-        raise ValueError(
-            f'`fisher="{fisher}"` needs to know the loss: pass `loss="cross_entropy"`, a torch loss module or a '
-            '`natgrad.likelihoods.Likelihood`, or use `fisher="empirical"`, which needs none.'
-        )
+from natgrad.rerun import again, few, stands_for
 
 
 class Capture:
@@ -87,16 +73,14 @@ class Capture:
         self.world = world or World()
         self.sampling = False  # whether the user's own gradients of some data are kept as well
         self.attached = self.enabled = True
-        self.step = 0
+        self.step = self._forward_seed = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
         self.batch = Batch(loss, fisher)
         self._earlier: Batch | None = None  # of forwards whose backward pass is over
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
         self._waiting: Forward | None = None  # for the loss module to be called
         self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
-        self._forward_seed = 0
-        self._uncompiled = ExitStack()
-        self._model, self._handles = model, list[RemovableHandle]()
+        self._model, self._handles, self._uncompiled = model, list[RemovableHandle](), ExitStack()
         self.watch(layers, sharing)
 
     def watch(self, layers: list[Layer], sharing: dict[str, Sharing]) -> None:
@@ -208,6 +192,8 @@ class Capture:
             z.register_hook(partial(self._add_empirical, call))
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], raw: Any) -> None:
+        if not self.attached:
+            return
         calls, self._calls = self._calls, None
         if calls is None or not (output := self.select(raw)).requires_grad:
             return
@@ -259,16 +245,16 @@ class Capture:
         self._gather(forward)
 
     def _gather(self, forward: Forward) -> None:
-        output = forward.output
         if forward.uses:
+            part = self._part(forward)
             # The user's autocast would round the products of rows to half precision.
-            with torch.no_grad(), full_precision(output.device.type):
-                for use in forward.uses:
+            with torch.no_grad(), full_precision(forward.output.device.type):
+                for use in part.uses:
                     rows = torch.cat([call.layer.inputs(call.x) for call in use], dim=-2)
                     moment = use[0].layer.input_moment(rows, self.sharing[use[0].owner.name])
                     self._statistics(use[0]).add_inputs(moment, use[0].blocks, use[0].upscale)
                 if self.fisher in ("mc", "exact"):
-                    self._backpropagate(forward)
+                    self._backpropagate(part)
             if self.sampling:
                 for use in forward.uses:
                     if round(len(use[0].x) * use[0].upscale) == forward.data:
@@ -284,6 +270,19 @@ class Capture:
             self._open += [use for use in forward.uses if len(use) > 1]
         forward.release()
         self.batch.latest = forward
+
+    def _part(self, forward: Forward) -> Forward:
+        """A pass of the data alone that enter the factors, where that is cheaper and comes to the same; else all."""
+        chosen = few(forward) if self.fisher in ("mc", "exact") else None
+        if chosen is None:
+            return forward
+        self._calls, self.attached = [], False  # the hooks on the layers work alone, and for us
+        try:
+            part = again(unwrap(self._model), forward, chosen, self.select)
+            calls = self._calls
+        finally:
+            self._calls, self.attached = None, True
+        return part if part is not None and stands_for(part, self._uses(calls), forward, chosen) else forward
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
         """Calls whose rows are one row's positions: with ``"reduce"`` those of one layer, else each by itself.
@@ -362,11 +361,11 @@ class Capture:
     def _choose(self, layer: Layer, z: Tensor) -> tuple[slice | Tensor, float]:
         """Some data of the batch, drawn anew at each forward; and all data over these."""
         n = z.shape[layer.data_dim]
-        if z.ndim < 2 or n == 0:
+        if z.ndim < 2 or n == 0 or not self.attached:
             return slice(None), 1.0
         if self.batch_fraction == "auto":
             rows = z.numel() // (layer.shape[0] * (layer.blocks or 1))
-            share = max(MIN_ROWS, ROWS_PER_DIMENSION * max(layer.shape)) / max(rows * self.world.size, 1)
+            share = share_needed(rows * self.world.size, max(layer.shape))
             kept = math.ceil(share * n - 1e-6)  # one row too few would be averaged over steps
         else:
             kept = max(1, round(self.batch_fraction * n))

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.batch import Batch, Fisher
-from natgrad.capture import Capture, check_fisher
+from natgrad.capture import Capture
 from natgrad.factors import resolve_sharing
 from natgrad.inverses import apply, eigh, reciprocal, scale_in_basis
 from natgrad.layers import Bases, Layer, Sharing, partition
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
+from natgrad.options import check_fisher
 
 
 @dataclass(frozen=True)

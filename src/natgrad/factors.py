@@ -22,6 +22,9 @@ from natgrad.layers import Moment, Sharing
 # So many rows for each of its dimensions determine a factor well enough, damped as it will be; fewer are averaged over
 # steps, with the decay that kfac-jax uses.
 ROWS_PER_DIMENSION, LONG_DECAY = 1, 0.95
+# With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time, and those of a whole batch even
+# some generalization (`docs/decisions.md`).
+MIN_ROWS = 512
 
 Factors = tuple[Tensor, Tensor]
 """(A, G)."""
@@ -90,10 +93,14 @@ class Statistics:
         yield from (t for t in (self.A, self.G) if t is not None)
 
     def factors(self, scale: float, zero: Tensor) -> Factors:
-        """A, and G in units of the loss; ``zero`` stands for a G to which no gradient came."""
+        """Hand over A, and G in units of the loss; ``zero`` stands for a G to which no gradient came.
+
+        The sums become the factors in place, and are gone: they are as large as all that is kept of a layer's factors.
+        """
         assert self.A is not None
         assert self.weight is not None
-        return self.A / self.weight.clamp(min=1), zero if self.G is None else self.G * scale
+        A, G, self.A, self.G = self.A, self.G, None, None
+        return A.div_(self.weight.clamp(min=1)), zero if G is None else G.mul_(scale)
 
 
 def join(one: Factors, other: Factors) -> Factors:
@@ -134,6 +141,11 @@ def determines(rows: int, dimension: int) -> bool:
     return rows >= ROWS_PER_DIMENSION * dimension
 
 
+def share_needed(rows: int, dimension: int) -> float:
+    """Which part of a batch of so many rows is enough for factors of at most ``dimension``; above 1 if none is."""
+    return max(MIN_ROWS, ROWS_PER_DIMENSION * dimension) / max(rows, 1)
+
+
 def update_average(state: dict[str, Tensor], new: Mapping[str, Tensor], decay: float, age: str = "age") -> None:
     """Fold ``new`` tensors into those of the same names, debiased by ``state[age]``, their total weight w."""
     if age not in state:
@@ -142,4 +154,5 @@ def update_average(state: dict[str, Tensor], new: Mapping[str, Tensor], decay: f
     state[age].mul_(decay).add_(1.0)
     share = 1.0 / state[age].item()
     for name, tensor in new.items():
-        state[name].lerp_(tensor.to(state[name].dtype), share)
+        latest = tensor.to(state[name].dtype)
+        state[name] = latest if share == 1 else state[name].lerp_(latest, share)

@@ -66,7 +66,10 @@ class CholeskyInverse(Inverse):
 
     def solve(self, inverse: dict[str, Tensor], V: Tensor) -> Tensor:
         """G⁻¹ V A⁻¹."""
-        return apply(inverse["A_inverse"], apply(inverse["G_inverse"], V).mT).mT
+        A = inverse["A_inverse"]
+        # A⁻¹ is symmetric: from the right, the product has the layout of V and is not transposed afterwards.
+        half = apply(inverse["G_inverse"], V)
+        return half * A.mT if A.shape[-1] == 1 else half @ A
 
 
 class BasisInverse(Inverse):

@@ -1,13 +1,14 @@
 """What :class:`~natgrad.Preconditioner` and :class:`~natgrad.KFAC` both understand, and what is refused."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, TypeGuard
+from typing import Any, Literal, TypedDict, TypeGuard, get_args
 
 from torch import Tensor
 
 from natgrad.batch import Fisher
 from natgrad.inverses import INVERSES
 from natgrad.layers import Sharing
+from natgrad.likelihoods import Likelihood
 from natgrad.schedule import Period
 
 
@@ -24,6 +25,17 @@ class CurvatureOptions(TypedDict, total=False):
     sharing: Sharing | dict[str, Sharing]
     output: Callable[[Any], Tensor] | None
     seed: int
+
+
+def check_fisher(fisher: str, likelihood: Likelihood | None) -> None:
+    """Raise a ``ValueError`` for an unknown Fisher, or one that needs a loss and has none."""
+    if fisher not in get_args(Fisher):
+        raise ValueError(f"`fisher` must be one of {get_args(Fisher)}, not {fisher!r}.")
+    if likelihood is None and fisher in ("mc", "exact"):
+        raise ValueError(
+            f'`fisher="{fisher}"` needs to know the loss: pass `loss="cross_entropy"`, a torch loss module or a '
+            '`natgrad.likelihoods.Likelihood`, or use `fisher="empirical"`, which needs none.'
+        )
 
 
 def check_inverse(inverse: str, fisher: Fisher) -> None:

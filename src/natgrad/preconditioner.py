@@ -20,7 +20,7 @@ from natgrad import damping as dampings
 from natgrad import diagnostics, exchange, schedule
 from natgrad import state as states
 from natgrad.batch import Batch, Fisher, all_finite
-from natgrad.capture import Capture, check_fisher
+from natgrad.capture import Capture
 from natgrad.clipping import clip_scale
 from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, reshard, whole
 from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
@@ -30,7 +30,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.losses import resolve
 from natgrad.metric import Metric
 from natgrad.multiplier import LossMultiplier
-from natgrad.options import check_inverse, check_numbers, check_periods, check_positive
+from natgrad.options import check_fisher, check_inverse, check_numbers, check_periods, check_positive
 from natgrad.quadratic import LocalModel
 from natgrad.schedule import Period
 
@@ -197,6 +197,7 @@ class Preconditioner:
         if not self.update():
             for parameter in self.model.parameters():
                 parameter.grad = None
+            self.release()
             return False
         natural = self.directions()
         scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.gradient, self.kl_clip)
@@ -276,8 +277,8 @@ class Preconditioner:
         return self._whole.get(parameter, parameter.grad)
 
     def release(self) -> None:
-        """Let go of the gradients that were gathered for the step."""
-        self._whole = {}
+        """Let go of everything that was gathered for the step."""
+        self._whole, self.batch, self.multiplier = {}, Batch(self.loss, self.fisher), None
 
     def _matrix(self, layer: Layer) -> Tensor | None:
         """The gradient of a layer as a matrix; None without all of it or without factors."""

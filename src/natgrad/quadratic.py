@@ -28,14 +28,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from natgrad.batch import Forward, shuffled
 from natgrad.derivatives import Outputs, along, directional_derivative
-from natgrad.distributed import Ranks, is_sharded, shards_left_alone, whole
-from natgrad.layers import at_least_float32, uncompiled
+from natgrad.distributed import Ranks, is_sharded, whole
+from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
+from natgrad.rerun import rerun, subsample
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
 SHARE, MIN_DATA = 1 / 20, 128
@@ -143,12 +143,7 @@ class LocalModel:
 
     def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The tensor whose gradient was noted, and the one that the loss sees."""
-        # Copies made in here may be written to under differentiation; captured ones may not.
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        # The same dropout every time, and the user's random stream as it was.
-        forked = torch.random.fork_rng(devices=_devices(parameters))
-        with forked, shards_left_alone(self.model), uncompiled(self.model):
-            raw = functional_call(self.model, {**self._gathered, **parameters, **buffers}, self.args, self.kwargs)
+        raw = rerun(self.model, {**self._gathered, **parameters}, self.args, self.kwargs)
         output = at_least_float32(self.rearrange(self.select(raw)))
         if self.forward.returned is None:
             return output, output
@@ -248,19 +243,6 @@ def stratified(order: Tensor, size: int, gradients: Tensor) -> tuple[Tensor, Ten
     share = size / data
     counts = torch.tensor([1.0, (data - top) / (size - top)]).repeat_interleave(torch.tensor([top, size - top]))
     return torch.cat([longest, others]), share * counts.to(order.device)
-
-
-def _devices(parameters: dict[str, Tensor]) -> list[torch.device]:
-    return list({parameter.device for parameter in parameters.values() if parameter.device.type == "cuda"})
-
-
-def subsample(forward: Forward, chosen: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the chosen data of each tensor whose first dimension is as long as the output's."""
-
-    def take(value: Any) -> Any:
-        return value[chosen] if isinstance(value, Tensor) and value.ndim and value.shape[0] == forward.data else value
-
-    return tuple(map(take, forward.args)), {key: take(value) for key, value in forward.kwargs.items()}
 
 
 def rearrangement(forward: Forward) -> Callable[[Tensor], Tensor]:

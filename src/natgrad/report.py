@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from natgrad.distributed import Distributed, World, holders
@@ -18,7 +19,7 @@ class Row:
         kind: The module's type, or how the parameter is trained.
         factors: Sizes of G and A, of each block if there are several; empty without a layer.
         parameters: Number of entries.
-        memory: Bytes of the factors and of their inverses, in float32.
+        memory: Bytes that :class:`~natgrad.KFAC` keeps for it between two steps, see :func:`describe`.
         cost: Share of the time that all layers' inversions take, by the cubes of the sizes.
         traffic: Bytes of the messages about the layer in a step in which its factors and inverse are refreshed, each
             message counted once, in float32, with ``inverse="cholesky"`` and ``damping="auto"``; 0 in one process.
@@ -41,6 +42,11 @@ class Description:
 
     rows: list[Row]
 
+    @property
+    def memory(self) -> int:
+        """Bytes that :class:`~natgrad.KFAC` keeps between two steps."""
+        return sum(row.memory for row in self.rows)
+
     def __str__(self) -> str:
         header = ["layer", "handled by", "G", "A", "parameters", "memory", "cost", "traffic", "why not K-FAC"]
         lines = [
@@ -49,21 +55,35 @@ class Description:
                 row.kind,
                 *(row.factors or ("", "")),
                 f"{row.parameters:,}",
-                _bytes(row.memory) if row.factors else "",
+                _bytes(row.memory) if row.memory else "",
                 f"{row.cost:.0%}" if row.factors else "",
                 _bytes(row.traffic) if row.factors else "",
                 row.reason,
             ]
             for row in self.rows
         ]
-        if not any(row.traffic for row in self.rows):
+        if len(lines) > 1:
+            parameters = sum(row.parameters for row in self.rows)
+            lines.append(["all", "", "", "", f"{parameters:,}", _bytes(self.memory), "", _bytes(self._traffic), ""])
+        if not self._traffic:
             for cells in (header, *lines):
                 del cells[7]
         return format_table([header, *lines], right_aligned={2, 3, 4, 5, 6, *([7] if len(header) > 8 else [])})
 
+    @property
+    def _traffic(self) -> int:
+        return sum(row.traffic for row in self.rows)
+
 
 def describe(model: nn.Module | Distributed, *, strict: bool = False, ranks: int | None = None) -> Description:
-    """Say which parameters of ``model`` get a Kronecker-factored block, and why the others do not.
+    """Say which parameters of ``model`` get a Kronecker-factored block, why the others do not, and what it takes.
+
+    Memory is that of all tensors that :class:`~natgrad.KFAC` keeps between two steps besides the model, up to a few
+    numbers a layer: two factors, their inverses (with ``inverse="cholesky"``) and the previous step of every layer, and
+    AdamW's two averages of the other parameters. A :class:`~natgrad.Preconditioner` keeps no previous step and no
+    averages. Of several ranks, it is what one keeps that holds all inverses. During a step come, as with any optimizer,
+    activations and gradients, and besides up to four times the parameters for the step and its trial; where curvature
+    is due, the sums that become the next factors, as large as these, and the rows of the data that enter them.
 
     Args:
         model: The model; wrapped, or in a :class:`~natgrad.Distributed`, for what several processes would send.
@@ -76,8 +96,9 @@ def describe(model: nn.Module | Distributed, *, strict: bool = False, ranks: int
     Example:
         >>> print(describe(nn.Sequential(nn.Linear(3, 4), nn.PReLU(4))))
         layer     handled by    G  A  parameters  memory  cost  why not K-FAC
-        0         K-FAC Linear  4  4          16   256 B  100%
-        1.weight  fallback                     4                no layer kind is registered for PReLU
+        0         K-FAC Linear  4  4          16   320 B  100%
+        1.weight  fallback                     4    32 B        no layer kind is registered for PReLU
+        all                                   20   352 B
     """
     inner = unwrap(model.model if isinstance(model, Distributed) else model)
     parts = partition(inner)
@@ -92,7 +113,7 @@ def describe(model: nn.Module | Distributed, *, strict: bool = False, ranks: int
             f"K-FAC {type(layer.module).__name__}",
             tuple(_size(layer, side) for side in (0, 1)),
             sum(p.numel() for p in layer.parameters),
-            2 * 4 * sum(_entries(layer, side) for side in (0, 1)),
+            _kept(layer),
             layer.inversion_cost / total,
             "",
             4 * _sent(layer, size, holding),
@@ -102,7 +123,8 @@ def describe(model: nn.Module | Distributed, *, strict: bool = False, ranks: int
     for name, reason in parts.reasons.items():
         parameter = inner.get_parameter(name)
         kind = "fallback" if parameter.requires_grad else "nothing"
-        rows.append(Row(name, kind, (), parameter.numel(), 0, 0.0, reason))
+        averages = 2 * parameter.nbytes if parameter.requires_grad else 0
+        rows.append(Row(name, kind, (), parameter.numel(), averages, 0.0, reason))
     return Description(rows)
 
 
@@ -112,9 +134,12 @@ def _size(layer: Layer, side: int) -> str:
     return f"{blocks}{layer.shape[side]}{' diag' if layer.diagonal[side] else ''}"
 
 
-def _entries(layer: Layer, side: int) -> int:
-    d = layer.shape[side]
-    return (layer.blocks or 1) * (d if layer.diagonal[side] else d * d)
+def _kept(layer: Layer) -> int:
+    """Bytes of the factors, their inverses and the previous step, none of them of less precision than float32."""
+    sides = zip(layer.shape, layer.diagonal, strict=True)
+    factors = (layer.blocks or 1) * sum(d if diagonal else d * d for d, diagonal in sides)
+    step = sum(p.numel() for p in layer.parameters)
+    return (2 * factors + step) * torch.promote_types(layer.parameters[0].dtype, torch.float32).itemsize
 
 
 def _sent(layer: Layer, ranks: int, holding: int) -> int:

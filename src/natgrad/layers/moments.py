@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 Sharing = Literal["expand", "reduce"]
+# Products of rows up to this wide are computed in one piece.
+SMALL = 256
 
 
 class Moment(NamedTuple):
@@ -59,14 +61,23 @@ def moment(rows: Tensor, bias: bool, sharing: Sharing, diagonal: bool) -> Moment
         total = flat.square().sum(-2)
         total = torch.cat([total, total.new_full((*total.shape[:-1], 1), count * one**2)], -1) if bias else total
         return Moment(total.unsqueeze(-1), weight, count)
-    gram = flat.mT @ flat
-    return Moment(_border(gram, flat.sum(-2) * one, count * one**2) if bias else gram, weight, count)
+    d = flat.shape[-1]
+    gram = flat.new_empty(*flat.shape[:-2], d + bias, d + bias)
+    _fill(gram[..., :d, :d], flat)
+    if bias:
+        gram[..., :d, d] = gram[..., d, :d] = flat.sum(-2) * one
+        gram[..., d, d] = count * one**2
+    return Moment(gram, weight, count)
 
 
-def _border(gram: Tensor, total: Tensor, corner: float) -> Tensor:
-    d = gram.shape[-1]
-    bordered = gram.new_empty(*gram.shape[:-2], d + 1, d + 1)
-    bordered[..., :d, :d] = gram
-    bordered[..., :d, d] = bordered[..., d, :d] = total
-    bordered[..., d, d] = corner
-    return bordered
+def _fill(gram: Tensor, rows: Tensor) -> None:
+    """rowsᵀ rows, of whose blocks those beside the diagonal are computed once and mirrored: a quarter less work."""
+    d = rows.shape[-1]
+    if d <= SMALL:
+        gram.copy_(rows.mT @ rows)
+        return
+    first, second = slice(0, d // 2), slice(d // 2, d)
+    for half in (first, second):
+        _fill(gram[..., half, half], rows[..., half])
+    gram[..., first, second] = beside = rows[..., first].mT @ rows[..., second]
+    gram[..., second, first] = beside.mT

@@ -53,7 +53,7 @@ def test_what_the_user_can_mend_is_one_line(tmp_path: Path) -> None:
     assert output.startswith("natgrad: unknown workload 'cifar': choose from autoencoder,")
     code, output = bench("overhead", "--axes", "height", "--out", tmp_path)
     assert code == 2
-    assert "unknown axis 'height': choose from article, batch, width, depth, period" in output
+    assert "unknown axis 'height': choose from article, fresh, batch, width, depth, period" in output
 
 
 def test_an_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

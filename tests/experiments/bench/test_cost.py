@@ -52,6 +52,7 @@ def test_the_periods_reach_natgrad() -> None:
     (case,) = [c for c in cost.cases(("period",)) if c.value == 5]
     assert case.settings == {"curvature_period": 5, "inverse_period": 5}
     assert {(c.axis, c.value) for c in cost.cases(("article",))} == {("article", 500), ("article", 10_000)}
+    assert all(set(c.settings.values()) == {1} for c in cost.cases(("fresh",)))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")

@@ -43,7 +43,8 @@ class Case:
 
     Attributes:
         axis: What is varied around the base: ``"batch"``, ``"width"``, ``"depth"``, ``"period"``; or ``"article"``,
-            the article's network with so many images a step.
+            the article's network with so many images a step, and ``"fresh"``, the same with curvature and inverses
+            made anew at every step.
         value: Its value.
         build: The workload.
         settings: For natgrad.
@@ -68,7 +69,7 @@ class Row:
         median: Seconds of a step.
         largest: Seconds of a step.
         state: Bytes of the tensors that the optimizers keep between steps.
-        estimate: Bytes of the factors and inverses, as ``natgrad.describe`` tells beforehand; 0 for the others.
+        estimate: The same as ``natgrad.describe`` tells it beforehand; 0 for the others.
     """
 
     axis: str
@@ -113,11 +114,12 @@ def cases(axes: Sequence[str]) -> list[Case]:
         for value in values.get(axis, ())
     ]
     if "period" in axes:
-        settings = [(p, {"curvature_period": p, "inverse_period": p}) for p in PERIODS]
-        found += [Case("period", p, partial(chain, **base), own) for p, own in settings]
-    if "article" in axes:
-        sizes = {500: Settings(batch_size=500), 10_000: Settings()}
-        found += [Case("article", n, partial(article, "article", 0.0, own), {}) for n, own in sizes.items()]
+        periods = [(p, {"curvature_period": p, "inverse_period": p}) for p in PERIODS]
+        found += [Case("period", p, partial(chain, **base), own) for p, own in periods]
+    sizes = {500: Settings(batch_size=500), 10_000: Settings()}
+    for axis, settings in (("article", {}), ("fresh", {"curvature_period": 1, "inverse_period": 1})):
+        if axis in axes:
+            found += [Case(axis, n, partial(article, "article", 0.0, own), settings) for n, own in sizes.items()]
     return found
 
 
@@ -174,5 +176,5 @@ def _row(case: Case, trial: Trial, seconds: list[float]) -> Row:
         median=statistics.median(seconds),
         largest=max(seconds),
         state=sum(t.nbytes for t in tensors),
-        estimate=sum(row.memory for row in natgrad.describe(trial.model).rows) if is_natgrad else 0,
+        estimate=natgrad.describe(trial.model).memory if is_natgrad else 0,
     )

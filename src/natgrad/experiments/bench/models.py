@@ -18,7 +18,9 @@ from natgrad.experiments.figures import GREY, new_figure
 from natgrad.experiments.settings import SettingsError
 from natgrad.experiments.table import Sheet
 
-AXES = ("article", "batch", "width", "depth", "period")
+AXES = ("article", "fresh", "batch", "width", "depth", "period")
+# Where the name of an axis does not say it.
+LABELS = {"article": "article: images a step", "fresh": "article, all fresh: images a step"}
 SCALED = ("batch", "width", "depth")
 
 
@@ -109,10 +111,11 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
         panel.set_ylim(bottom=0)
         ticks = sorted({row.value for row in rows if row.axis == axis})
         panel.set_xticks(ticks)
+        panel.minorticks_off()
         finish(
             panel,
             "",
-            "article: images a step" if axis == "article" else axis,
+            LABELS.get(axis, axis),
             "× plain step" if axis == axes[0] else "",
         )
     panels[0].legend(frameon=False, fontsize=8)

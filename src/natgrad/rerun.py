@@ -1,0 +1,103 @@
+"""The model once more, on some of the data of a forward pass, as if nobody had called it.
+
+What enters is a :class:`~natgrad.batch.Forward`, what leaves is what the model makes of a part of its data. Stage 7
+measures curvature and loss there, and stage 3 sends its own vectors back through such a pass where that comes to the
+same as through the user's, and to much less work: the gradient of a datum does not depend on the others, unless they
+meet in batch statistics, and not on chance, unless there is dropout. Whether it does is seen at the outputs.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from natgrad.batch import Call, Forward
+from natgrad.distributed import is_sharded, shards_left_alone
+from natgrad.layers import uncompiled
+from natgrad.losses import Weights
+
+# A second pass pays with this share of the data or less: it goes forward and back, where the user's goes back.
+SHARE = 1 / 4
+# Outputs are the same data's when they differ by less than this, relative to their size, or by half of the digits.
+SAME = 0.01
+
+
+def rerun(model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns with ``tensors`` in the place of its parameters of these names.
+
+    Its buffers and the random stream stay as they are, so that dropout is the same every time.
+    """
+    # Copies made in here may be written to under differentiation; captured ones may not.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = {tensor.device for tensor in (*model.parameters(), *buffers.values()) if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), shards_left_alone(model), uncompiled(model):
+        return functional_call(model, {**tensors, **buffers}, args, kwargs)
+
+
+def subsample(forward: Forward, chosen: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the chosen data of each tensor whose first dimension is as long as the output's."""
+
+    def take(value: Any) -> Any:
+        return value[chosen] if isinstance(value, Tensor) and value.ndim and value.shape[0] == forward.data else value
+
+    return tuple(map(take, forward.args)), {key: take(value) for key, value in forward.kwargs.items()}
+
+
+def few(forward: Forward) -> Tensor | None:
+    """The data that enter any factor, if they are so few that it pays to run the model on them alone."""
+    calls = [call for use in forward.uses for call in use]
+    drawn = [call.data for call in calls if isinstance(call.data, Tensor)]
+    # Those of one call are the first of those of another, as long as both were drawn among the data.
+    of_the_data = all(round(len(call.x) * call.upscale) == forward.data for call in calls)
+    if not calls or len(drawn) < len(calls) or not of_the_data:
+        return None
+    if forward.seen is not None and forward.seen is not forward.output:
+        return None
+    largest = max(drawn, key=len)
+    return largest if len(largest) <= SHARE * forward.data else None
+
+
+def again(model: nn.Module, forward: Forward, chosen: Tensor, select: Callable[[Any], Tensor]) -> Forward | None:
+    """A pass of the chosen data alone, calls of layers aside; None if the model does not take so few, or is sharded.
+
+    Args:
+        model: The module, with its own parameters.
+        forward: A pass of all data.
+        chosen: Which.
+        select: From the model's return value to the tensor that the loss sees.
+    """
+    if any(map(is_sharded, model.parameters())):
+        return None
+    args, kwargs = subsample(forward, chosen)
+    try:
+        with torch.enable_grad():
+            output = select(rerun(model, {}, args, kwargs))
+    except (RuntimeError, ValueError):  # as of a model made for one size of batch
+        return None
+    weights = None if forward.weights is None else Weights(*(weight[chosen] for weight in forward.weights))
+    return Forward(args, kwargs, output, [], weights)
+
+
+def stands_for(part: Forward, uses: list[list[Call]], whole: Forward, chosen: Tensor) -> bool:
+    """Whether a pass of the chosen data is what the whole pass was for them; its calls then count as those did.
+
+    Args:
+        part: The pass, which gets the calls.
+        uses: Its calls of layers.
+        whole: The pass of all data.
+        chosen: Which.
+    """
+    output, expected = part.output.detach(), whole.output.detach()[chosen]
+    mine, theirs = ([call for use in pass_ for call in use] for pass_ in (uses, whole.uses))
+    if output.shape != expected.shape or [call.layer for call in mine] != [call.layer for call in theirs]:
+        return False
+    tolerance = min(SAME, torch.finfo(output.dtype).eps ** 0.5)
+    if not torch.linalg.vector_norm(output - expected) <= tolerance * torch.linalg.vector_norm(expected):
+        return False
+    for call, before in zip(mine, theirs, strict=True):
+        kept = len(before.x)
+        call.x, call.data, call.upscale = call.x[:kept], slice(kept), before.upscale
+    part.uses = uses
+    return True
