@@ -77,7 +77,7 @@ def test_the_charts_show_what_was_measured(page, runs):
     sampled = [r for r in records["kfac"] if "eigenvalue_g@0.5/14" in r.diagnostics]
     assert [r.step for r in sampled] == [0, 1, 2, 3, 4]  # as often as the pictures
     median = [float(point[3]) for point in spectrum["lines"][2]]
-    assert median == pytest.approx([r.diagnostics["eigenvalue_g@0.5/14"] for r in sampled], rel=1e-3)
+    assert median == pytest.approx([r.diagnostics["eigenvalue_g@0.5/14"] for r in sampled], rel=5e-3)  # to three digits
 
 
 def test_the_tables_are_those_of_the_other_commands(page):
