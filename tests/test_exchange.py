@@ -94,7 +94,7 @@ def spread(inverses: Any) -> tuple[dict[str, int], int, list[int], float]:
     """Traffic of a second step, bytes of the inverses here, what `describe` says, and what diagnostics tell."""
     model = DistributedDataParallel(chain())
     wanted = natgrad.Distributed(model, inverses)
-    optimizer = natgrad.KFAC(wanted, "mse", lr=0.1, momentum=0.9)
+    optimizer = natgrad.KFAC(wanted, "mse")
     for _ in range(2):
         optimizer.zero_grad()
         mse_loss(model(torch.randn(16, WIDTHS[0])), torch.randn(16, WIDTHS[-1])).backward()

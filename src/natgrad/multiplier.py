@@ -224,10 +224,13 @@ class LossMultiplier:
         self.state["promise"] = torch.tensor([rate * slope, rate**2 * bend, error, self._promise[3]])
 
     def confirm(self, change: float) -> None:
-        """Compare what the previous step promised with its change of the loss as the current batch sees it."""
-        slope, bend, error, _ = self._promise
-        promised = slope + bend / 2
-        if error < 0 or promised >= 0 or not math.isfinite(change):
+        """Compare what the previous step promised with its change of the loss as the current batch sees it.
+
+        A promise that was made with a wrong s is no evidence.
+        """
+        slope, bend, error, trusted = self._promise
+        promised, known = slope + bend / 2, trusted or self.bound[1]
+        if error < 0 or not known or promised >= 0 or not math.isfinite(change):
             return
         share = torch.tensor([min(max(change / promised, 0.0), 1.0)])
         self.state["confirmed"] = torch.lerp(share, self.state.get("confirmed", share), DECAY)

@@ -246,12 +246,13 @@ class KFAC(torch.optim.Optimizer):
         named = [{self._names[p]: d for p, d in direction.items()} for direction in directions]
         given = [None if self.automatic_lr else lr, given_momentum][: len(directions)]
         c, told = quadratic.choose(multiplier.local, named, b, given)
-        if whole_step and "previous_change" in told:
+        resting = any("velocity" in self.state[p] for p in self._names.keys() - natural.keys())
+        if whole_step and not resting and "previous_change" in told:
             multiplier.confirm(told["previous_change"])
         multiplier.promise(lr if self.automatic_lr else 1.0)
         if not c.any() and told["halvings"]:
             multiplier.reject()
-        elif any("velocity" in self.state[p] for p in self._names.keys() - natural.keys()):
+        elif resting:
             multiplier.forget()  # a layer that is not used now keeps its older step
         self._diagnostics.update(told, loss_multiplier=multiplier.loss)
         if self.automatic_lr:

@@ -22,7 +22,7 @@ class Row:
         memory: Bytes that :class:`~natgrad.KFAC` keeps for it between two steps, see :func:`describe`.
         cost: Share of the time that all layers' inversions take, by the cubes of the sizes.
         traffic: Bytes of the messages about the layer in a step in which its factors and inverse are refreshed, each
-            message counted once, in float32, with ``inverse="cholesky"`` and ``damping="auto"``; 0 in one process.
+            message counted once, in float32, of :class:`~natgrad.KFAC` with its defaults; 0 in one process.
         reason: Why there is no Kronecker-factored block; empty where there is one.
     """
 
