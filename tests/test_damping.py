@@ -45,11 +45,18 @@ def test_automatic_is_the_ridge_of_the_evidence() -> None:
     assert numbers(damping.automatic(A, 1e-9 * G, evidence)) == pytest.approx((a, g, 0.0))
 
 
-def test_noise_counts_by_the_square_of_what_is_not_confirmed() -> None:
+def test_noise_counts_by_the_square_of_what_is_not_half_confirmed() -> None:
     """And by a hundredth at least: a batch that comes again confirms whatever was learnt from it by heart."""
     A, G = torch.diag(torch.tensor([92.0, 1.0, 3.0])), factors()[1]
-    a = [numbers(damping.automatic(A, G, Evidence(0.05, 0.2, confirmed)))[0] for confirmed in (0.0, 0.5, 0.9, 1.0)]
+    a = [numbers(damping.automatic(A, G, Evidence(0.05, 0.2, confirmed)))[0] for confirmed in (0.0, 0.25, 0.5, 1.0)]
     assert a == pytest.approx([12.0, 3.0, 0.12, 0.12])
+
+
+def test_both_dampings_are_eased_within_what_float32_inverts() -> None:
+    A, G = torch.diag(torch.tensor([92.0, 1.0, 3.0])), factors()[1]
+    before, eased, least = (numbers(damping.automatic(A, G, Evidence(0.05, 0.2, 0.0, e))) for e in (1.0, 0.1, 1e-9))
+    assert eased == pytest.approx((before[0] / 10, before[1] / 10, 0.0))
+    assert least[0] == pytest.approx(damping.LEAST * 32)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e9])

@@ -155,7 +155,15 @@ def test_a_double_precision_run_is_one_throughout(mode: dict[str, Any]) -> None:
     optimizer = natgrad.KFAC(network(torch.float64), "mse", **mode)
     train(optimizer, 0, 1, 2)
     small = {n: t.dtype for n, t in values(optimizer).items() if t.dtype != torch.float64}
-    assert {n.rpartition(".")[2] for n in small} <= {"step", "age", "moved", "multiplier", "promise", "confirmed"}
+    assert {n.rpartition(".")[2] for n in small} <= {
+        "step",
+        "age",
+        "moved",
+        "multiplier",
+        "promise",
+        "confirmed",
+        "ease",
+    }
     outside = values(optimizer)
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         train(optimizer, 3)

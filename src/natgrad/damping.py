@@ -24,11 +24,10 @@ gets almost none; a minibatch whose gradients are mostly noise gets several time
 direction far larger than all others, their mean. The regression is about the others, and as long as nobody has moved
 there, their scale is not known: it is taken between the mean eigenvalue with the largest and that without.
 
-But data whose gradients differ may still ask for the same step: those of a full batch, which comes again at every step,
-or those without noise in their targets. Whether they do is seen when the next batch has come. It confirms a part of the
-fall of the loss that a step promised on its own batch: all of it in those cases, next to nothing where a step has only
-learnt its batch by heart. The noise counts by the square of the rest. Where rates are given nothing is promised and
-nothing confirmed, and no direction of little curvature is trusted: λ_A is at its upper bound.
+But data whose gradients differ may still ask for the same step. Whether they do is seen when the next batch has come
+(:mod:`natgrad.trust`): as far as it does not confirm half of what a step promised, the noise counts, by the square.
+Where rates are given nothing is promised and noise is not measured, and no direction of little curvature is trusted:
+λ_A is at its upper bound.
 
 λ_G bounds how far the outputs of a layer move, where the loss is not quadratic in them. It is the same for every layer,
 as the small G of a layer on a plateau says nothing about how far it may go. Measured in ``docs/decisions.md``.
@@ -45,7 +44,7 @@ from torch import Tensor
 # Of `automatic`: the ridge in units of the one derived above, λ_G in units of the network's mean curvature of an
 # output.
 RIDGE, STIFFNESS = 30.0, 0.3
-# The next batch is of the same data as the last, if not the same data: so much of what it confirms is doubted.
+# So much of the noise counts, squared, even where all is confirmed: what overfits is confirmed by the same batch again.
 LEAST_DOUBT = 0.1
 # λ_A stays between these, in units of the mean eigenvalue of A: below, float32 inverts badly; above, A makes no
 # difference any more, and layers with little evidence would only stand still beside the others.
@@ -61,11 +60,13 @@ class Evidence:
         noise_to_signal: Of the gradient, in the metric of the step.
         curvature: Mean diagonal of G over all layers.
         confirmed: Of the fall of the loss that steps promised, the share that the batches after them confirmed.
+        ease: What both dampings are multiplied by.
     """
 
     noise_to_signal: float
     curvature: float
     confirmed: float = 0.0
+    ease: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,12 @@ def _split(delta: float, A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
 
 def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
     """λ_A from noise and signal, λ_G from the curvature of the whole network; a single input needs no λ_A."""
-    stiffness = STIFFNESS * evidence.curvature
+    stiffness = STIFFNESS * evidence.curvature * evidence.ease
     if A.shape[-2] == 1:
         return Damping(0.0, stiffness)
     mean = mean_diagonal(A)
-    noise = evidence.noise_to_signal * max(1 - evidence.confirmed, LEAST_DOUBT) ** 2
-    ridge = RIDGE * noise * (mean * mean_without_largest(A)).sqrt()
+    noise = evidence.noise_to_signal * max(1 - 2 * evidence.confirmed, LEAST_DOUBT) ** 2
+    ridge = RIDGE * evidence.ease * noise * (mean * mean_without_largest(A)).sqrt()
     return Damping(ridge.clamp(LEAST * mean, MOST * mean), stiffness)
 
 

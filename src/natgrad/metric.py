@@ -20,6 +20,7 @@ from natgrad.inverses import Inverse
 from natgrad.layers import Bases, Layer
 from natgrad.schedule import Period
 from natgrad.state import MOVED
+from natgrad.trust import Trust
 
 States = Mapping[str, dict[str, Any]]
 Matrix = Callable[[Layer], Tensor | None]
@@ -150,12 +151,13 @@ class Metric:
             return
         filled = [state for state in states.values() if "A" in state]
         curvature = dampings.mean_curvature([state["G"] for state in filled if state["A"].shape[-2] > 1])
-        confirmed = float(states[self.layers[0].name].get("confirmed", 0.0))
+        trust = Trust(states[self.layers[0].name])
+        trust.settle()
         pooled = noise.ratio([state["noise"] for state in filled if "noise" in state])
         for layer in layers:
             state = states[layer.name]
             own = noise.ratio([state["noise"]]) if "noise" in state else pooled
-            damping = self.rule(state["A"], state["G"], dampings.Evidence(own, curvature, confirmed))
+            damping = self.rule(state["A"], state["G"], dampings.Evidence(own, curvature, trust.confirmed, trust.ease))
             if self.world.owns(layer.name):
                 state.update(self.inverse.factorize(state["A"], state["G"], damping))
             self.applied[layer.name] = diagnostics.Applied(damping, step)

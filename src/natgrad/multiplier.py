@@ -30,6 +30,7 @@ from natgrad.distributed import Ranks
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.quadratic import HALVINGS, LocalModel
+from natgrad.trust import Trust
 
 # The targets are looked at in so many data at most, in fewer if these have so many entries, and in some of these.
 DATA, LOOKED_AT, ENTRIES = 64, 2**16, 4096
@@ -40,8 +41,6 @@ EVIDENCE, VARIETY = 10.0, 0.01
 CLOSE = 0.05
 # A ratio beyond this says that something was multiplied; within it, that a batch is not the whole data.
 NOISE = 4.0
-# Of the running average of what is confirmed.
-DECAY = 0.8
 # Along a step, curvature on fresh data above this times the modelled one, or below its inverse, is no overfitting.
 SUSPECT = 3.0
 # Where targets are unbounded, a squared gradient at the output that grew by this much makes the step a suspect.
@@ -101,7 +100,7 @@ class LossMultiplier:
     Args:
         state: Of the first layer's first parameter: ``multiplier``, s and S; and ``promise``, what the previous step
             promised: its slope and bend, the squared gradient at the output before it, −1 without a previous step, and
-            whether steps are trusted; ``confirmed``, of the fall that steps promised, the share that fresh data saw.
+            whether steps are trusted.
         local: The quadratic model of the current pass, made where it is needed.
         forward: The current pass.
         likelihood: Of the declared loss.
@@ -232,8 +231,7 @@ class LossMultiplier:
         promised, known = slope + bend / 2, trusted or self.bound[1]
         if error < 0 or not known or promised >= 0 or not math.isfinite(change):
             return
-        share = torch.tensor([min(max(change / promised, 0.0), 1.0)])
-        self.state["confirmed"] = torch.lerp(share, self.state.get("confirmed", share), DECAY)
+        Trust(self.state).confirm(change / promised)
 
     def reject(self) -> None:
         """No step was short enough to lower the loss: if s was never seen to be right, it is too small."""

@@ -28,6 +28,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import CurvatureOptions, check_rate
 from natgrad.preconditioner import Preconditioner
+from natgrad.trust import Trust
 
 
 class KFAC(torch.optim.Optimizer):
@@ -254,8 +255,11 @@ class KFAC(torch.optim.Optimizer):
             multiplier.reject()
         elif resting:
             multiplier.forget()  # a layer that is not used now keeps its older step
-        self._diagnostics.update(told, loss_multiplier=multiplier.loss)
+        trust = Trust(multiplier.state)
+        told |= {"loss_multiplier": multiplier.loss, "confirmed": trust.confirmed, "ease": trust.ease}
+        self._diagnostics.update(told)
         if self.automatic_lr:
+            trust.chose(float(c[0]))
             c = c * lr
         return float(c[0]), float(c[1]) if previous else 0.0
 
@@ -346,6 +350,8 @@ class KFAC(torch.optim.Optimizer):
             - ``previous_change``: of the loss over the step before, by the model on the batch that came after it.
             - ``kl``: ½ sᵀFs with F the whole network's Gauss-Newton matrix on the model's data, in units of the loss;
               the ratio of ``kl_kfac`` to it says how well the blocks know the curvature along the step.
+            - ``confirmed``: of the fall of the loss that steps promised, the share that later batches confirmed.
+            - ``ease``: what the automatic damping is multiplied by, see :mod:`natgrad.trust`.
             - ``loss_multiplier``: what the loop multiplies the declared loss by, as far as that can be known; see
               :mod:`natgrad.multiplier`.
             - ``undone_steps``: steps taken back because data that came later showed that they went much too far, since

@@ -1,0 +1,78 @@
+"""How damping is eased by what the steps have shown."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import natgrad
+from natgrad import trust
+from natgrad.trust import Trust
+
+FAIR, POOR = (2 * trust.FAIR_RATE, 2 * trust.FAIR_SHARE), (trust.POOR_RATE / 2, trust.POOR_SHARE / 2)
+
+
+def settled(start: float, rates: list[float], share: float) -> float:
+    kept = Trust({"ease": torch.tensor([start, 0.0, 0.0]), "confirmed": torch.tensor([share])})
+    for rate in rates:
+        kept.chose(rate)
+    kept.settle()
+    return kept.ease
+
+
+@pytest.mark.parametrize(
+    ("rate", "share", "factor"),
+    [
+        (FAIR[0], FAIR[1], trust.EASIER),
+        (POOR[0], FAIR[1], trust.HARDER),
+        (FAIR[0], POOR[1], trust.HARDER),
+        (0.05, FAIR[1], 1.0),
+        (FAIR[0], 0.15, 1.0),
+    ],
+)
+def test_damping_is_eased_where_rate_and_share_are_fair_and_not_where_either_is_poor(
+    rate: float, share: float, factor: float
+) -> None:
+    assert settled(0.125, [rate], share) == pytest.approx(0.125 * factor)
+
+
+def test_the_rate_is_the_geometric_mean_since_the_last_time() -> None:
+    """An arithmetic one would be fair; and rates are forgotten once they were judged."""
+    assert settled(0.125, [1.0, 1e-3], FAIR[1]) == 0.125
+    kept = Trust({"confirmed": torch.tensor([FAIR[1]])})
+    kept.chose(FAIR[0])
+    for _ in range(3):
+        kept.settle()
+    assert kept.ease == trust.EASIER
+
+
+def test_the_ease_has_bounds_and_a_step_that_was_not_taken_counts() -> None:
+    assert settled(2 * trust.LEAST, [FAIR[0]], FAIR[1]) == pytest.approx(trust.LEAST)
+    assert settled(0.9, [0.0], FAIR[1]) == 1.0
+    assert Trust({}).ease == 1.0
+    assert Trust({}).confirmed == 0.0
+
+
+def test_shares_beyond_nothing_and_all_are_these() -> None:
+    kept = Trust({})
+    kept.confirm(7.0)
+    assert kept.confirmed == 1.0
+    kept.confirm(-3.0)
+    assert kept.confirmed == pytest.approx(trust.DECAY)
+
+
+@pytest.mark.parametrize(("share", "eased"), [(0.0, False), (1.0, True)])
+def test_linear_regression_eases_its_damping(share: float, eased: bool) -> None:
+    """Noise-free, it needs none: catches an ease that nobody applies, or that no step sets. Pure noise does not."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 2)
+    optimizer = natgrad.KFAC(model, "mse")
+    for _ in range(8):
+        x = torch.randn(64, 8)
+        y = share * x[:, :2] + (1 - share) * 10 * torch.randn(64, 2)
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+    told = optimizer.diagnostics()
+    assert (told["ease"] < 0.1) == eased
+    assert (told["damping_g"] < 0.05) == eased
