@@ -87,7 +87,7 @@ BUGS = {
     "curvature of the chosen data not weighed": Bug("quadratic.py", "root = self._weigh(at).sqrt()", "root = torch.ones(()) if self.weights is None else self.weights.curvature.sqrt()", SAMPLE),
     "gradient of the chosen data not weighed": Bug("quadratic.py", "return taken * self._emphasis(taken) / self.share", "return taken / self.share", SAMPLE),
     "damping eased by the arithmetic mean": Bug("trust.py", "logarithms + math.log(max(rate, LEAST_RATE))", "logarithms + max(rate, LEAST_RATE) - 1", TRUST),
-    "rates judged twice": Bug("trust.py", "torch.tensor([ease, 0.0, 0.0])", "torch.tensor([ease, logarithms, count])", TRUST),
+    "rates judged twice": Bug("trust.py", "torch.tensor([ease, share, 0.0, 0.0])", "torch.tensor([ease, share, logarithms, count])", TRUST),
     "ease applied to one damping": Bug("damping.py", "STIFFNESS * evidence.curvature * evidence.ease", "STIFFNESS * evidence.curvature", "test_damping.py"),
     "noise of some data for that of all": Bug("noise.py", "sample.data * lengths", "lengths", NOISE),
     "the largest eigenvalue counted": Bug("damping.py", "(diagonal.sum(-1) - largest) / (size - 1)", "diagonal.sum(-1) / size", "test_damping.py"),

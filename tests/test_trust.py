@@ -13,7 +13,7 @@ FAIR, POOR = (2 * trust.FAIR_RATE, 2 * trust.FAIR_SHARE), (trust.POOR_RATE / 2, 
 
 
 def settled(start: float, rates: list[float], share: float) -> float:
-    kept = Trust({"ease": torch.tensor([start, 0.0, 0.0]), "confirmed": torch.tensor([share])})
+    kept = Trust({"ease": torch.tensor([start, 0.0, 0.0, 0.0]), "confirmed": torch.tensor([share])})
     for rate in rates:
         kept.chose(rate)
     kept.settle()
@@ -59,6 +59,17 @@ def test_shares_beyond_nothing_and_all_are_these() -> None:
     assert kept.confirmed == 1.0
     kept.confirm(-3.0)
     assert kept.confirmed == pytest.approx(trust.DECAY)
+
+
+def test_what_comes_after_the_inverses_is_not_what_they_were_made_with() -> None:
+    """Inverses that a checkpoint lacks are made anew from it, with the share of their own step."""
+    kept = Trust({"confirmed": torch.tensor([0.25])})
+    kept.settle()
+    kept.confirm(1.0)
+    kept.chose(FAIR[0])
+    assert kept.settled_share == 0.25
+    assert kept.confirmed == pytest.approx(0.4)
+    assert kept.ease == 1.0
 
 
 @pytest.mark.parametrize(("share", "eased"), [(0.0, False), (1.0, True)])

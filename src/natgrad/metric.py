@@ -110,7 +110,10 @@ class Metric:
         else:
             self._measure(batch, states, matrix, anew=False)
         stale = missing | (self.moved & self.due(step))
-        self._refresh([layer for layer in started if layer.name in stale], states, step)
+        refreshed = [layer for layer in started if layer.name in stale]
+        if refreshed:  # not in `restore`, which takes what was settled when the lost inverses were made
+            Trust(states[self.layers[0].name]).settle()
+        self._refresh(refreshed, states, step)
 
     def solve(self, states: States, matrix: Matrix) -> dict[str, Tensor]:
         """The natural gradient of every layer that has factors and a gradient, as a matrix by its name."""
@@ -152,12 +155,13 @@ class Metric:
         filled = [state for state in states.values() if "A" in state]
         curvature = dampings.mean_curvature([state["G"] for state in filled if state["A"].shape[-2] > 1])
         trust = Trust(states[self.layers[0].name])
-        trust.settle()
         pooled = noise.ratio([state["noise"] for state in filled if "noise" in state])
         for layer in layers:
             state = states[layer.name]
             own = noise.ratio([state["noise"]]) if "noise" in state else pooled
-            damping = self.rule(state["A"], state["G"], dampings.Evidence(own, curvature, trust.confirmed, trust.ease))
+            damping = self.rule(
+                state["A"], state["G"], dampings.Evidence(own, curvature, trust.settled_share, trust.ease)
+            )
             if self.world.owns(layer.name):
                 state.update(self.inverse.factorize(state["A"], state["G"], damping))
             self.applied[layer.name] = diagnostics.Applied(damping, step)

@@ -206,12 +206,12 @@ class KFAC(torch.optim.Optimizer):
         previous = {p: whole(self.state[p]["velocity"]) for p in natural if "velocity" in self.state[p]}
         if len(previous) < len(natural):
             previous = {}
-        alike = min(shares.values()) == 1
-        if not alike:  # the quadratic model then chooses for steps that are so related
+        whole_step = min(shares.values()) == 1
+        if not whole_step:  # the quadratic model then chooses for steps that are so related
             natural = {p: direction * shares[p] for p, direction in natural.items()}
             if self.automatic_lr:
                 previous = {p: velocity * shares[p] for p, velocity in previous.items()}
-        alpha, mu = self._coefficients(lr, natural, previous, alike)
+        alpha, mu = self._coefficients(lr, natural, previous, whole_step)
         self._diagnostics.update(lr=alpha, momentum=mu)
         self._latest_step = natural  # whose tensors become the step below
         decays = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}

@@ -107,9 +107,7 @@ class LocalModel:
         parameters = self._parameters(direction)
         tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
         self._before, (product, _) = directional_derivative(self._run, parameters, tangent)
-        assert self.forward.gradient is not None
-        arrived = self._arrived(self.forward.gradient)
-        return float(self.ranks.mean(torch.sum(arrived * product)))
+        return float(self.ranks.mean(torch.sum(self._arrived() * product)))
 
     def change(self, step: dict[str, Tensor]) -> float:
         """By how much the loss would change if the parameters moved by ``step``.
@@ -123,11 +121,11 @@ class LocalModel:
         returned_after, after = self._run({name: p + step[name].to(p.dtype) for name, p in parameters.items()})
         weight = self._weigh(before)
         divergence = weight * self.likelihood.divergence(before, after)
-        assert self.forward.gradient is not None
         users = at_least_float32(self._take(self.forward.output))
         shift = self._scale(before) * weight * self.likelihood.gradient_change(users, before)
-        arrived = self._arrived(self.forward.gradient) / self.scaler
-        linear = torch.sum(arrived * (returned_after - returned)) + torch.sum(shift * (after - before))
+        linear = torch.sum(self._arrived() / self.scaler * (returned_after - returned)) + torch.sum(
+            shift * (after - before)
+        )
         bend = self._scale(before) * divergence.sum()
         slope, rise = map(float, self.ranks.mean(torch.stack([linear, bend])))
         self.parts = (slope, 2 * rise)
@@ -162,9 +160,10 @@ class LocalModel:
         rows = self._emphasis(output)
         return rows if self.weights is None else self.weights.curvature * rows
 
-    def _arrived(self, gradient: Tensor) -> Tensor:
+    def _arrived(self) -> Tensor:
         """The gradient of the user's loss at the chosen data's outputs, as if they were the whole batch."""
-        taken = self._take(gradient)
+        assert self.forward.gradient is not None
+        taken = self._take(self.forward.gradient)
         return taken * self._emphasis(taken) / self.share
 
     def _emphasis(self, like: Tensor) -> Tensor:

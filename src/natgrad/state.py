@@ -21,7 +21,7 @@ OF_BLOCK = ("scale", "spectrum", "shift")
 # Whether the factors are newer than their inverse.
 MOVED = "moved"
 # Kept with the first layer, for the whole network; and their sizes.
-OF_ALL = {"multiplier": 2, "promise": 4, "confirmed": 1, "ease": 3}
+OF_ALL = {"multiplier": 2, "promise": 4, "confirmed": 1, "ease": 4}
 
 
 def names(inverse: Sequence[str], sampling: bool) -> list[str]:

@@ -34,8 +34,8 @@ class Trust:
 
     Args:
         state: Of the first layer's first parameter: ``confirmed``, the running average of the confirmed share; and
-            ``ease``, what damping is multiplied by, the sum of the logarithms of the rates since it was last set, and
-            their number.
+            ``ease``: what damping is multiplied by, and the confirmed share when that was last set; the sum of the
+            logarithms of the rates since, and their number.
     """
 
     def __init__(self, state: MutableMapping[str, Any]) -> None:
@@ -51,6 +51,11 @@ class Trust:
         """What damping is multiplied by."""
         return self._ease[0]
 
+    @property
+    def settled_share(self) -> float:
+        """The confirmed share that the inverses were made with, which is not the latest in a checkpoint."""
+        return self._ease[1]
+
     def confirm(self, share: float) -> None:
         """Fold in the share that the latest batch confirmed."""
         latest = torch.tensor([min(max(share, 0.0), 1.0)])
@@ -58,22 +63,24 @@ class Trust:
 
     def chose(self, rate: float) -> None:
         """Note the rate that the quadratic model chose."""
-        ease, logarithms, count = self._ease
-        self.state["ease"] = torch.tensor([ease, logarithms + math.log(max(rate, LEAST_RATE)), count + 1])
+        ease, share, logarithms, count = self._ease
+        self.state["ease"] = torch.tensor([ease, share, logarithms + math.log(max(rate, LEAST_RATE)), count + 1])
 
     def settle(self) -> None:
         """Before inverses are refreshed: set the ease by the steps since it was last set, if there were any."""
-        ease, logarithms, count = self._ease
-        if not count:
+        ease, _, logarithms, count = self._ease
+        share = self.confirmed
+        if not (count or share):
             return
-        rate, share = math.exp(logarithms / count), self.confirmed
-        if rate > FAIR_RATE and share > FAIR_SHARE:
-            ease = max(ease * EASIER, LEAST)
-        elif rate < POOR_RATE or share < POOR_SHARE:
-            ease = min(ease * HARDER, 1.0)
-        self.state["ease"] = torch.tensor([ease, 0.0, 0.0])
+        if count:
+            rate = math.exp(logarithms / count)
+            if rate > FAIR_RATE and share > FAIR_SHARE:
+                ease = max(ease * EASIER, LEAST)
+            elif rate < POOR_RATE or share < POOR_SHARE:
+                ease = min(ease * HARDER, 1.0)
+        self.state["ease"] = torch.tensor([ease, share, 0.0, 0.0])
 
     @property
     def _ease(self) -> list[float]:
-        kept: list[float] = self.state["ease"].tolist() if "ease" in self.state else [1.0, 0.0, 0.0]
+        kept: list[float] = self.state["ease"].tolist() if "ease" in self.state else [1.0, 0.0, 0.0, 0.0]
         return kept
