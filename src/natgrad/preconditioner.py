@@ -60,7 +60,7 @@ class Preconditioner:
             embedding that shares its weight with a linear layer keeps the eigenvalues of ``"eigen"``.
         factor_decay: Weight ρ of the running average of the factors; 0 uses the current batch alone, as ``"auto"`` does
             for a layer to which the batch gives a row for each dimension; with fewer it means 0.95.
-        curvature_period: Steps between updates of the factors. ``"auto"``: 1 at first, then a quarter of the steps
+        curvature_period: Steps between updates of the factors. ``"auto"``: 1 at first, then an eighth of the steps
             taken, at most 16; always 1 with ``inverse="ekfac"``.
         inverse_period: Steps between updates of the inverses. ``"auto"``: the same, in the end one layer after another.
         batch_fraction: Share of the data whose rows enter the factors; ``"auto"`` takes all of a small batch and, of a

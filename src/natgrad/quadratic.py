@@ -38,7 +38,7 @@ from natgrad.losses import Weights
 from natgrad.rerun import rerun, subsample
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
-SHARE, MIN_DATA = 1 / 20, 128
+SHARE, MIN_DATA = 1 / 40, 128
 # A step is taken when the loss falls by this share of what the model predicts, and else halved up to so many times.
 SUFFICIENT, HALVINGS = 0.1, 8
 

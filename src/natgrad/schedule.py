@@ -11,7 +11,7 @@ from typing import Literal
 
 Period = int | Literal["auto"]
 # An automatic interval is this share of the steps before it, and at most so many steps.
-SHARE, LONGEST = 1 / 4, 16
+SHARE, LONGEST = 1 / 8, 16
 
 
 def interval(step: int, period: Period) -> tuple[int, int]:
