@@ -234,8 +234,12 @@ class Preconditioner:
         gradients = [g for p in parameters if (g := self.gradient(p)) is not None]
         finite = all_finite([*gradients, *batch.tensors()])
         self.multiplier = self._multiplier(batch)
-        if stands is not None and self.multiplier is not None and not stands(self.multiplier, finite):
-            return False
+        if self.multiplier is not None:
+            if finite:  # first, as a scaler that has doubled would make the previous step look wrong
+                named = {n: g for n, p in self.model.named_parameters() if (g := self.gradient(p)) is not None}
+                self.multiplier.update(named, evaluate=stands is not None)
+            if stands is not None and not stands(self.multiplier, finite):
+                return False
         if not finite:
             self.skipped_steps += 1
             _logger.warning("step %d skipped: a gradient or a statistic is not finite", self.steps)
@@ -244,8 +248,6 @@ class Preconditioner:
         if not trains and not any(g.any() for g in gradients):
             return False
         if self.multiplier is not None:
-            named = {n: g for n, p in self.model.named_parameters() if (g := self.gradient(p)) is not None}
-            self.multiplier.update(named, evaluate=stands is not None)
             batch.multiplier, batch.scaler = self.multiplier.at_output, self.multiplier.scaler
         self.batch = batch
         batch.check(self.layers, self.states(), self.steps, self.gradient)
