@@ -94,7 +94,7 @@ class LocalModel:
         """
         parameters = self._parameters(directions[0])
         tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
-        previous, data = tangents[-1] if len(tangents) > 1 else None, self.size / (self.ranks.part or 1.0)
+        previous, data = tangents[-1] if len(tangents) > 1 else None, self.forward.data / (self.ranks.part or 1.0)
         self._before, products = along(self._run, parameters, tangents, previous, data)
         _, at = self._before
         root = self._weigh(at).sqrt()
