@@ -40,7 +40,7 @@ def along(
         parameters: Where.
         directions: By name of the parameter, each with a tensor for every parameter.
         previous: The latest step; where there is none, or none that moved, everything is exact.
-        data: How many there are, on all ranks.
+        data: How many the batch has, of which these outputs may be few; on all ranks.
     """
     large = data * sum(p.numel() for p in parameters.values()) >= LARGE
     reach = 0.0
