@@ -93,6 +93,7 @@ BUGS = {
     "the largest eigenvalue counted": Bug("damping.py", "(diagonal.sum(-1) - largest) / (size - 1)", "diagonal.sum(-1) / size", "test_damping.py"),
     "a multiplied loss taken for the declared one": Bug("multiplier.py", "        if told:\n            loss = product / scaler\n", "", MULTIPLIER),
     "a gradient scaler taken for a multiplied loss": Bug("multiplier.py", "    if 1 / NOISE < ratio < NOISE:", "    if True:", MULTIPLIER),
+    "a step judged before the scaler is known": Bug("preconditioner.py", "            if finite:  # first,", "            if stands is not None and not stands(self.multiplier, finite):\n                return False\n            if finite:  # first,", MULTIPLIER),
     "single data's gradients with the scaler's factor": Bug("noise.py", "(rows[1].shape[-3] * scaler**2)", "rows[1].shape[-3]", MULTIPLIER),
     "the empirical Fisher of the multiplied loss": Bug("batch.py", "(R * self.multiplier**2)", "R", MULTIPLIER),
     "soft targets taken for labels": Bug("multiplier.py", "variety > max(VARIETY, EVIDENCE * (1 - low / top))", "True", MULTIPLIER),
