@@ -33,6 +33,7 @@ class Case(NamedTuple):
         micro: Number of micro-batches, accumulated without communication up to the last.
         dtype: Of the parameters.
         sgd: Whether natgrad.Preconditioner comes before SGD, instead of natgrad.KFAC.
+        noise: Whether targets have nothing to do with the inputs, so that gradients are averaged over batches.
     """
 
     options: dict[str, Any] = NOTHING
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     micro: int = 1
     dtype: torch.dtype = torch.float64
     sgd: bool = False
+    noise: bool = False
 
 
 class Ranks(NamedTuple):
@@ -84,7 +86,7 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 def batch(step: int, case: Case) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(DATA, 1, 5, 5, generator=generator, dtype=torch.float64)
-    y = torch.randn(DATA, 5, generator=generator, dtype=torch.float64) + x.flatten(1)[:, :5]
+    y = torch.randn(DATA, 5, generator=generator, dtype=torch.float64) + (not case.noise) * x.flatten(1)[:, :5]
     return x.to(case.dtype), y.argmax(1) if case.loss == "cross_entropy" else y.to(case.dtype)
 
 

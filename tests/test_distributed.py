@@ -22,6 +22,9 @@ CASES = {
     "eigen": Case({"inverse": "eigen", "damping": 0.1}),
     "ekfac": Case({"inverse": "ekfac", "inverse_period": 3}),
     "accumulated": Case(micro=3),
+    "noise, uneven": Case(noise=True, uneven=True),
+    "noise, classes, memory": Case(loss="cross_entropy", noise=True, inverses="memory"),
+    "noise, fsdp": Case(wrapper="fsdp", noise=True),
     "float32": Case(dtype=torch.float32),
     "before SGD": Case(sgd=True),
     "before SGD, memory, clipped, uneven": Case(CLIPPED, sgd=True, inverses="memory", uneven=True),
@@ -40,7 +43,7 @@ CASES = {
     "fsdp, empirical, half": Case({"fisher": "empirical"}, wrapper="fsdp", inverses=0.5),
     "fsdp, float32": Case(dtype=torch.float32, wrapper="fsdp"),
 }
-QUICK = ["accumulated", "memory, eigen", "half, uneven", "fsdp", "before SGD, half, clipped"]
+QUICK = ["accumulated", "memory, eigen", "half, uneven", "fsdp", "before SGD, half, clipped", "noise, uneven"]
 FOUR = {"hsdp": Case(wrapper="hsdp"), "hsdp, given": Case(GIVEN, wrapper="hsdp", inverses="memory")}
 
 

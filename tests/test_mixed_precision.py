@@ -163,6 +163,7 @@ def test_a_double_precision_run_is_one_throughout(mode: dict[str, Any]) -> None:
         "promise",
         "confirmed",
         "ease",
+        "more",
     }
     outside = values(optimizer)
     with torch.autocast("cpu", torch.bfloat16, enabled=False):

@@ -13,10 +13,10 @@ FAIR, POOR = (2 * trust.FAIR_RATE, 2 * trust.FAIR_SHARE), (trust.POOR_RATE / 2, 
 
 
 def settled(start: float, rates: list[float], share: float) -> float:
-    kept = Trust({"ease": torch.tensor([start, 0.0, 0.0, 0.0]), "confirmed": torch.tensor([share])})
+    kept = Trust({"ease": torch.tensor([start, 0.0, 0.0, 0.0, 0.0]), "confirmed": torch.tensor([share])})
     for rate in rates:
         kept.chose(rate)
-    kept.settle()
+    kept.settle(averaged=False)
     return kept.ease
 
 
@@ -42,7 +42,7 @@ def test_the_rate_is_the_geometric_mean_since_the_last_time() -> None:
     kept = Trust({"confirmed": torch.tensor([FAIR[1]])})
     kept.chose(FAIR[0])
     for _ in range(3):
-        kept.settle()
+        kept.settle(averaged=False)
     assert kept.ease == trust.EASIER
 
 
@@ -64,12 +64,40 @@ def test_shares_beyond_nothing_and_all_are_these() -> None:
 def test_what_comes_after_the_inverses_is_not_what_they_were_made_with() -> None:
     """Inverses that a checkpoint lacks are made anew from it, with the share of their own step."""
     kept = Trust({"confirmed": torch.tensor([0.25])})
-    kept.settle()
+    kept.settle(averaged=True)
     kept.confirm(1.0)
     kept.chose(FAIR[0])
     assert kept.settled_share == 0.25
+    assert kept.settled_average
     assert kept.confirmed == pytest.approx(0.4)
     assert kept.ease == 1.0
+
+
+def test_gradients_are_averaged_once_little_is_confirmed_and_until_much_is() -> None:
+    """Not at the first steps, and not while nothing is known."""
+    state = {"step": torch.tensor(float(trust.FIRST_STEPS)), "confirmed": torch.tensor([0.9 * trust.LITTLE])}
+    between, much = torch.tensor([0.5 * (trust.LITTLE + trust.MUCH)]), torch.tensor([1.1 * trust.MUCH])
+    assert Trust(state).averages
+    assert not Trust({**state, "step": torch.tensor(trust.FIRST_STEPS - 1.0)}).averages
+    assert not Trust({"step": state["step"]}).averages
+    assert not Trust({**state, "confirmed": between}).averages
+    once = {**state, "pace": torch.zeros(5)}
+    assert Trust({**once, "confirmed": between}).averages
+    assert not Trust({**once, "confirmed": much}).averages
+
+
+def test_a_misjudged_step_asks_for_more_data_and_ever_fewer_then() -> None:
+    kept = Trust({})
+    assert kept.more == 1.0
+    kept.tried(halvings=2, had_all=False)
+    kept.tried(halvings=1, had_all=False)
+    assert kept.more == trust.MORE**2
+    kept.tried(halvings=1, had_all=True)
+    kept.tried(halvings=0, had_all=False)
+    assert kept.more == pytest.approx(trust.MORE**2 * trust.FEWER**2)
+    for _ in range(100):
+        kept.tried(halvings=0, had_all=False)
+    assert kept.more == 1.0
 
 
 @pytest.mark.parametrize(("share", "eased"), [(0.0, False), (1.0, True)])

@@ -26,6 +26,8 @@ there, their scale is not known: it is taken between the mean eigenvalue with th
 
 But data whose gradients differ may still ask for the same step. Whether they do is seen when the next batch has come
 (:mod:`natgrad.trust`): as far as it does not confirm half of what a step promised, the noise counts, by the square.
+Gradients that are averaged over batches have lost most of their noise, so that it counts no more than where all is
+confirmed.
 Where rates are given nothing is promised and noise is not measured, and no direction of little curvature is trusted:
 λ_A is at its upper bound.
 
@@ -44,11 +46,15 @@ from torch import Tensor
 # Of `automatic`: the ridge in units of the one derived above, λ_G in units of the network's mean curvature of an
 # output.
 RIDGE, STIFFNESS = 30.0, 0.3
+# λ_G for averaged gradients, which change less from step to step.
+AVERAGED_STIFFNESS = 0.1
 # So much of the noise counts, squared, even where all is confirmed: what overfits is confirmed by the same batch again.
 LEAST_DOUBT = 0.1
 # λ_A stays between these, in units of the mean eigenvalue of A: below, float32 inverts badly; above, A makes no
 # difference any more, and layers with little evidence would only stand still beside the others.
 LEAST, MOST = 1e-3, 5.0
+# For averaged gradients, whose batches are others than those of the factors, no less than this.
+AVERAGED_LEAST = 0.3
 POWER_ITERATIONS = 8
 
 
@@ -60,13 +66,15 @@ class Evidence:
         noise_to_signal: Of the gradient, in the metric of the step.
         curvature: Mean diagonal of G over all layers.
         confirmed: Of the fall of the loss that steps promised, the share that the batches after them confirmed.
-        ease: What both dampings are multiplied by.
+        ease: What both dampings are multiplied by, unless gradients are averaged.
+        averaged: Whether gradients are averaged over batches.
     """
 
     noise_to_signal: float
     curvature: float
     confirmed: float = 0.0
     ease: float = 1.0
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,13 +126,15 @@ def _split(delta: float, A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
 
 def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
     """λ_A from noise and signal, λ_G from the curvature of the whole network; a single input needs no λ_A."""
-    stiffness = STIFFNESS * evidence.curvature * evidence.ease
+    averaged, ease = evidence.averaged, 1.0 if evidence.averaged else evidence.ease
+    stiffness = (AVERAGED_STIFFNESS if averaged else STIFFNESS) * evidence.curvature * ease
     if A.shape[-2] == 1:
         return Damping(0.0, stiffness)
     mean = mean_diagonal(A)
-    noise = evidence.noise_to_signal * max(1 - 2 * evidence.confirmed, LEAST_DOUBT) ** 2
-    ridge = RIDGE * evidence.ease * noise * (mean * mean_without_largest(A)).sqrt()
-    return Damping(ridge.clamp(LEAST * mean, MOST * mean), stiffness)
+    doubt = LEAST_DOUBT if averaged else max(1 - 2 * evidence.confirmed, LEAST_DOUBT)
+    ridge = RIDGE * ease * evidence.noise_to_signal * doubt**2 * (mean * mean_without_largest(A)).sqrt()
+    least = AVERAGED_LEAST if averaged else LEAST
+    return Damping(ridge.clamp(least * mean, MOST * mean), stiffness)
 
 
 def resolve(damping: float | tuple[float, float] | str, inverse: str) -> DampingRule:

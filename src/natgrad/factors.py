@@ -22,6 +22,8 @@ from natgrad.layers import Moment, Sharing
 # So many rows for each of its dimensions determine a factor well enough, damped as it will be; fewer are averaged over
 # steps, with the decay that kfac-jax uses.
 ROWS_PER_DIMENSION, LONG_DECAY = 1, 0.95
+# Where gradients are averaged over batches, so are factors, however many rows they have.
+AVERAGED_DECAY = 0.8
 # With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time, and those of a whole batch even
 # some generalization (`docs/decisions.md`).
 MIN_ROWS = 512

@@ -39,6 +39,7 @@ class Metric:
     Attributes:
         applied: Damping of the latest inverse of each layer, and number of the step, since construction or loading.
         moved: Layers whose factors are newer than their inverse.
+        renewed: Whether most inverses were refreshed at the latest update.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Metric:
         self._deal(layers)
         self.applied: dict[str, diagnostics.Applied] = {}
         self.moved: set[str] = set()
+        self.renewed = False
         self._inverted: set[str] | None = None  # who have an inverse on every rank that holds it, once agreed
 
     def choose(self, layers: Sequence[Layer], states: States) -> None:
@@ -91,7 +93,7 @@ class Metric:
         wanted = "spectrum" in state and layer.name not in self.due(step)
         return (state["A_basis"], state["G_basis"]) if wanted else None
 
-    def update(self, states: States, batch: Batch, matrix: Matrix, step: int) -> None:
+    def update(self, states: States, batch: Batch, matrix: Matrix, step: int, averages: bool) -> None:
         """Measure the noise by the metric that is there, and then refresh what is due.
 
         Args:
@@ -99,6 +101,7 @@ class Metric:
             batch: Whose factors are in them.
             matrix: From a layer to its gradient.
             step: Number of the step.
+            averages: Whether the metric is for gradients that are averaged over batches.
         """
         started = [layer for layer in self.layers if "A" in states[layer.name]]
         missing = {layer.name for layer in started} - self._agree(states)
@@ -111,8 +114,9 @@ class Metric:
             self._measure(batch, states, matrix, anew=False)
         stale = missing | (self.moved & self.due(step))
         refreshed = [layer for layer in started if layer.name in stale]
+        self.renewed = 2 * len(refreshed) > len(started)
         if refreshed:  # not in `restore`, which takes what was settled when the lost inverses were made
-            Trust(states[self.layers[0].name]).settle()
+            Trust(states[self.layers[0].name]).settle(averages)
         self._refresh(refreshed, states, step)
 
     def solve(self, states: States, matrix: Matrix) -> dict[str, Tensor]:
@@ -159,9 +163,8 @@ class Metric:
         for layer in layers:
             state = states[layer.name]
             own = noise.ratio([state["noise"]]) if "noise" in state else pooled
-            damping = self.rule(
-                state["A"], state["G"], dampings.Evidence(own, curvature, trust.settled_share, trust.ease)
-            )
+            evidence = dampings.Evidence(own, curvature, trust.settled_share, trust.ease, trust.settled_average)
+            damping = self.rule(state["A"], state["G"], evidence)
             if self.world.owns(layer.name):
                 state.update(self.inverse.factorize(state["A"], state["G"], damping))
             self.applied[layer.name] = diagnostics.Applied(damping, step)

@@ -182,7 +182,7 @@ class LossMultiplier:
             return False
         if not finite:
             return not self._finite_output
-        return not self.bound[1] and (not trusted or self._squared_error() > GROWTH * error)
+        return not self.bound[1] and (not trusted or self.error() > GROWTH * error)
 
     def accepts(self, step: dict[str, Tensor]) -> bool:
         """Whether the previous step was not much too long, seen on fresh data; s is corrected where it was wrong.
@@ -212,26 +212,30 @@ class LossMultiplier:
         self.state["promise"][3] = float(factor == 1 and bend > 0)
         return factor <= 1
 
-    def promise(self, rate: float) -> None:
-        """Remember what the chosen step promises, about which ``local`` was asked last.
+    @property
+    def promised(self) -> float:
+        """Change of the loss that the previous step promised; 0 without a previous step."""
+        slope, bend, error, _ = self._promise
+        return slope + bend / 2 if error >= 0 else 0.0
+
+    def promise(self, slope: float, bend: float, evident: bool = True) -> None:
+        """Remember what the loss is expected to do along the step that is taken.
 
         Args:
-            rate: What the step is multiplied by before it is taken.
+            slope: Its derivative at the start.
+            bend: By how much that rises.
+            evident: Whether that is more than the noise of the next batch, so that an error that grew tells something.
         """
-        slope, bend = self.local.parts
-        error = 0.0 if self.bound[1] else self._squared_error()
-        self.state["promise"] = torch.tensor([rate * slope, rate**2 * bend, error, self._promise[3]])
+        error = 0.0 if self.bound[1] else self.error() if evident else torch.finfo(torch.float32).max
+        self.state["promise"] = torch.tensor([slope, bend, error, self._promise[3]])
 
-    def confirm(self, change: float) -> None:
+    def confirm(self, change: float, promised: float) -> None:
         """Compare what the previous step promised with its change of the loss as the current batch sees it.
 
         A promise that was made with a wrong s is no evidence.
         """
-        slope, bend, error, trusted = self._promise
-        promised, known = slope + bend / 2, trusted or self.bound[1]
-        if error < 0 or not known or promised >= 0 or not math.isfinite(change):
-            return
-        Trust(self.state).confirm(change / promised)
+        if (self._promise[3] or self.bound[1]) and promised < 0 and math.isfinite(change):
+            Trust(self.state).confirm(change / promised)
 
     def reject(self) -> None:
         """No step was short enough to lower the loss: if s was never seen to be right, it is too small."""
@@ -252,7 +256,8 @@ class LossMultiplier:
     def _finite_output(self) -> bool:
         return self.ranks.all(bool(self.forward.output.isfinite().all()))
 
-    def _squared_error(self) -> float:
+    def error(self) -> float:
+        """Mean squared gradient at the output, of the declared loss's criterion."""
         assert self.forward.gradient is not None
         R = self.likelihood.scale(self.terms)
         size = float(torch.linalg.vector_norm(self.forward.gradient)) / (R * self.loss * self.scaler)

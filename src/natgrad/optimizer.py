@@ -4,9 +4,10 @@ One step moves the layers' parameters by
 
     v ← α (−Δ) + μ v,    θ ← (1 − rate · weight_decay) θ + v
 
-with Δ the natural gradient (:mod:`natgrad.preconditioner`) and v the previous step. α and μ are either numbers or come
-from the exact quadratic model (:mod:`natgrad.quadratic`). Parameter groups multiply α, and an automatic μ, by their
-rates. The parameters without a layer are trained by AdamW, in groups of their own (:mod:`natgrad.groups`).
+with Δ the natural gradient (:mod:`natgrad.preconditioner`) and v the previous step. α and μ are either numbers or
+chosen for the step (:mod:`natgrad.rates`); where batches are mostly noise, Δ is that of an average of gradients, and μ
+is 0. Parameter groups multiply α, and an automatic μ, by their rates. The parameters without a layer are trained by
+AdamW, in groups of their own (:mod:`natgrad.groups`).
 """
 
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from natgrad import diagnostics, quadratic
+from natgrad import diagnostics
 from natgrad import state as states
-from natgrad.clipping import clip_scale, dot
+from natgrad.averaging import Averages
+from natgrad.clipping import clip_scale
 from natgrad.distributed import Distributed, like, whole
 from natgrad.groups import relative_rates, split
 from natgrad.layers import partition
@@ -28,7 +30,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import CurvatureOptions, check_rate
 from natgrad.preconditioner import Preconditioner
-from natgrad.trust import Trust
+from natgrad.rates import Course, Direction, by_average, by_model
 
 
 class KFAC(torch.optim.Optimizer):
@@ -42,7 +44,8 @@ class KFAC(torch.optim.Optimizer):
             without a layer, or all with ``"fallback": True``: with ``"lr"`` if it holds no others, else 1e-3.
         lr: A number, or ``"auto"``: the minimizer of the exact quadratic model. ``group["lr"]`` is then a factor that
             multiplies it, 1 to begin with, so that schedulers work in both cases.
-        momentum: A number, or ``"auto"``: as for ``lr``.
+        momentum: A number, or ``"auto"``: as for ``lr``. If both are automatic and batches turn out to be mostly noise,
+            gradients are averaged over them instead (:mod:`natgrad.averaging`).
         damping: As for :class:`~natgrad.Preconditioner`.
         weight_decay: Decoupled: per step, parameters shrink by this times the rate.
         kl_clip: Upper bound on lr² gᵀΔ; for a numeric ``lr`` only.
@@ -88,6 +91,7 @@ class KFAC(torch.optim.Optimizer):
         self.preconditioner = Preconditioner(model, loss, damping=damping, kl_clip=kl_clip, **curvature)
         self.automatic_lr, self.momentum = lr == "auto", momentum
         self.preconditioner.capture.sampling = damping == "auto" and self._evaluates
+        self.preconditioner.may_average = lr == momentum == "auto"
         self._adamw: torch.optim.AdamW | None = None
         self.undone_steps = 0
         self._diagnostics: dict[str, float] = {}
@@ -173,7 +177,8 @@ class KFAC(torch.optim.Optimizer):
         moves = self.automatic_lr or self.momentum != 0.0
         complete = {}
         for group in self.param_groups:
-            names = states.of_adamw(group) if group["fallback"] else ["velocity"] if moves else []
+            averages = ["average"] if self.preconditioner.may_average else []
+            names = states.of_adamw(group) if group["fallback"] else ["velocity", *averages] if moves else []
             for p in group["params"]:
                 known = {**self.state.get(p, {}), **layers.get(p, {})}
                 complete[p] = states.completed(known, names, partial(states.of_parameter, p))
@@ -194,8 +199,10 @@ class KFAC(torch.optim.Optimizer):
         return False
 
     def _step_layers(self) -> None:
+        averaged = self._averages().take(self.preconditioner.gradient) if self.preconditioner.averages else None
+        gradient = self.preconditioner.gradient if averaged is None else averaged.get
         # Contiguous, as a loaded step is: sums over another layout are rounded differently.
-        natural = {p: direction.contiguous() for p, direction in self.preconditioner.directions().items()}
+        natural = {p: direction.contiguous() for p, direction in self.preconditioner.directions(gradient).items()}
         if not natural:
             return
         lr, shares = relative_rates(self.param_groups, natural)
@@ -206,62 +213,64 @@ class KFAC(torch.optim.Optimizer):
         previous = {p: whole(self.state[p]["velocity"]) for p in natural if "velocity" in self.state[p]}
         if len(previous) < len(natural):
             previous = {}
-        whole_step = min(shares.values()) == 1
-        if not whole_step:  # the quadratic model then chooses for steps that are so related
+        even = min(shares.values()) == 1
+        if not even:  # steps are chosen among those that are so related
             natural = {p: direction * shares[p] for p, direction in natural.items()}
-            if self.automatic_lr:
+            if self.automatic_lr and averaged is None:
                 previous = {p: velocity * shares[p] for p, velocity in previous.items()}
-        alpha, mu = self._coefficients(lr, natural, previous, whole_step)
+        resting = any("velocity" in self.state[p] for p in self._names.keys() - natural.keys())
+        is_whole = even or averaged is not None
+        times = lr if self.automatic_lr else 1.0
+        course = Course(self._names, natural, previous, self.preconditioner.gradient, times, is_whole, resting)
+        alpha, mu = self._coefficients(course, averaged, lr)
         self._diagnostics.update(lr=alpha, momentum=mu)
-        self._latest_step = natural  # whose tensors become the step below
+        self._move(natural, previous, shares, alpha, mu)
+        if self.preconditioner.may_average and averaged is None:
+            self._averages().rest()
+
+    def _move(
+        self, natural: Direction, previous: Direction, shares: dict[nn.Parameter, float], alpha: float, mu: float
+    ) -> None:
+        """θ ← (1 − rate · weight_decay) θ + v; the tensors of ``natural`` become v."""
+        self._latest_step = natural
         decays = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
         for parameter, direction in natural.items():
             if decays[parameter]:
                 parameter.mul_(1 - alpha * shares[parameter] * decays[parameter])
             velocity = direction.mul_(-alpha)
             if self.momentum != 0.0 or self.automatic_lr:
-                if previous:
+                if previous and mu:
                     velocity.add_(previous[parameter], alpha=mu)
                 self.state[parameter]["velocity"] = like(velocity, parameter)
             parameter.add_(like(velocity.to(parameter.dtype), parameter))
 
-    def _coefficients(
-        self, lr: float, natural: dict[nn.Parameter, Tensor], previous: dict[nn.Parameter, Tensor], whole_step: bool
-    ) -> tuple[float, float]:
-        """α and μ, given or from the quadratic model; with an automatic rate, ``lr`` multiplies both.
+    def _averages(self) -> Averages:
+        return Averages(self.state, [p for layer in self.preconditioner.layers for p in layer.parameters])
+
+    def _coefficients(self, course: Course, averaged: Direction | None, lr: float) -> tuple[float, float]:
+        """α and μ, given or chosen; with an automatic rate, ``lr`` multiplies both.
 
         Args:
+            course: Where to go.
+            averaged: The averages of gradients that the course follows, if it does.
             lr: Of the group with the largest.
-            natural: The natural gradient.
-            previous: The previous step, or what the rates of the groups leave of it.
-            whole_step: Whether that is all of it.
         """
         given_momentum = None if self.momentum == "auto" else float(self.momentum)
-        if not self.automatic_lr and (given_momentum is not None or not previous):
+        if not self.automatic_lr and (given_momentum is not None or not course.previous):
             return lr, given_momentum or 0.0
         multiplier = self._require_pass()
+        self._diagnostics.update(loss_multiplier=multiplier.loss, averaging=float(averaged is not None), shortening=1.0)
         if self.automatic_lr and multiplier.loss != 1.0:
-            torch._foreach_div_(list(natural.values()), multiplier.loss)  # the curvature is so many times larger
-        directions = [{p: -d for p, d in natural.items()}, *([previous] if previous else [])]
-        b = multiplier.ranks.mean(torch.stack([dot(d, self.preconditioner.gradient) for d in directions]))
-        named = [{self._names[p]: d for p, d in direction.items()} for direction in directions]
-        given = [None if self.automatic_lr else lr, given_momentum][: len(directions)]
-        c, told = quadratic.choose(multiplier.local, named, b, given)
-        resting = any("velocity" in self.state[p] for p in self._names.keys() - natural.keys())
-        if whole_step and not resting and "previous_change" in told:
-            multiplier.confirm(told["previous_change"])
-        multiplier.promise(lr if self.automatic_lr else 1.0)
-        if not c.any() and told["halvings"]:
-            multiplier.reject()
-        elif resting:
-            multiplier.forget()  # a layer that is not used now keeps its older step
-        trust = Trust(multiplier.state)
-        told |= {"loss_multiplier": multiplier.loss, "confirmed": trust.confirmed, "ease": trust.ease}
+            torch._foreach_div_(list(course.natural.values()), multiplier.loss)  # the curvature is so much larger
+        if averaged is None:
+            given = [None if self.automatic_lr else lr, given_momentum]
+            alpha, mu, told = by_model(multiplier, course, given)
+        else:
+            mu, (alpha, told) = 0.0, by_average(multiplier, course, averaged.get, self.preconditioner.metric.renewed)
         self._diagnostics.update(told)
-        if self.automatic_lr:
-            trust.chose(float(c[0]))
-            c = c * lr
-        return float(c[0]), float(c[1]) if previous else 0.0
+        if averaged is not None and not alpha:
+            self._averages().start_anew()
+        return course.times * alpha, course.times * mu
 
     def _require_pass(self) -> LossMultiplier:
         forward, multiplier = self.preconditioner.batch.latest, self.preconditioner.multiplier
@@ -338,20 +347,24 @@ class KFAC(torch.optim.Optimizer):
             skipped, without weight decay and without the parameters that AdamW trains:
 
             - ``lr``, ``momentum``: as they were applied to the natural gradient and to the previous step.
+            - ``averaging``: 1 where batches are mostly noise and gradients are averaged over them, see
+              :mod:`natgrad.averaging`, else 0.
             - ``step_norm``: Euclidean length of the step, in units of the parameters.
             - ``relative_step``: the same over the length of the parameters after the step.
             - ``kl_kfac``: ½ sᵀFs of the step s, with F the curvature as the blocks see it, undamped, in units of the
               loss: to second order the KL divergence of the outputs after the step from those before.
             - ``step_norm/<layer>``, ``relative_step/<layer>``, ``kl_kfac/<layer>``: of a layer.
 
-            Where the quadratic model chose rate or momentum, of the step before ``group["lr"]`` multiplies it:
+            Where the quadratic model chose rate or momentum, of the step before ``group["lr"]`` multiplies it, or with
+            averaged gradients of the latest step that was tried on the model's data:
 
             - ``predicted_change``, ``actual_change``: of the loss, on the model's data; by the model, and in fact.
             - ``previous_change``: of the loss over the step before, by the model on the batch that came after it.
             - ``kl``: ½ sᵀFs with F the whole network's Gauss-Newton matrix on the model's data, in units of the loss;
               the ratio of ``kl_kfac`` to it says how well the blocks know the curvature along the step.
             - ``confirmed``: of the fall of the loss that steps promised, the share that later batches confirmed.
-            - ``ease``: what the automatic damping is multiplied by, see :mod:`natgrad.trust`.
+            - ``ease``: what the automatic damping is multiplied by without averaging, see :mod:`natgrad.trust`.
+            - ``shortening``: with averaging, what steps are multiplied by since the error has stopped falling.
             - ``loss_multiplier``: what the loop multiplies the declared loss by, as far as that can be known; see
               :mod:`natgrad.multiplier`.
             - ``undone_steps``: steps taken back because data that came later showed that they went much too far, since

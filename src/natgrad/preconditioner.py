@@ -21,9 +21,9 @@ from natgrad import diagnostics, exchange, schedule
 from natgrad import state as states
 from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture
-from natgrad.clipping import clip_scale
+from natgrad.clipping import Gradient, clip_scale
 from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, reshard, whole
-from natgrad.factors import LONG_DECAY, determines, resolve_sharing, update_average
+from natgrad.factors import AVERAGED_DECAY, LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
 from natgrad.likelihoods import Likelihood
@@ -33,6 +33,7 @@ from natgrad.multiplier import LossMultiplier
 from natgrad.options import check_fisher, check_inverse, check_numbers, check_periods, check_positive
 from natgrad.quadratic import LocalModel
 from natgrad.schedule import Period
+from natgrad.trust import Trust
 
 State = MutableMapping[Tensor, dict[str, Any]]
 _logger = logging.getLogger("natgrad")
@@ -123,6 +124,7 @@ class Preconditioner:
         self.skipped_steps = 0
         self.batch = Batch(self.loss, fisher)
         self.multiplier: LossMultiplier | None = None
+        self.may_average = self.averages = False  # for a caller that averages gradients over batches
         rule = dampings.resolve(damping, inverse)
         self.metric = Metric(self.layers, INVERSES[inverse], rule, inverse_period, self.world)
         self._whole: dict[nn.Parameter, Tensor] = {}  # gradients of which each rank has a shard
@@ -251,10 +253,15 @@ class Preconditioner:
             batch.multiplier, batch.scaler = self.multiplier.at_output, self.multiplier.scaler
         self.batch = batch
         batch.check(self.layers, self.states(), self.steps, self.gradient)
+        self.averages = self.may_average and Trust(self._state(self.layers[0])).averages
         self.metric.restore(self.states(), self.steps - 1)
         for layer in self.layers:
             self._update_factors(layer, batch)
-        self.metric.update(self.states(), batch, self._matrix, self.steps)
+        self.metric.update(self.states(), batch, partial(self._matrix, self.gradient), self.steps, self.averages)
+        self._count_step()
+        return True
+
+    def _count_step(self) -> None:
         for layer in self.layers:
             state = self._state(layer)
             state["step"] = state.get("step", torch.zeros(())) + 1
@@ -262,12 +269,11 @@ class Preconditioner:
                 state[states.MOVED] = torch.tensor(float(layer.name in self.metric.moved))
         self.capture.step = self.steps
         self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
-        return True
 
     @torch.no_grad()
-    def directions(self) -> dict[nn.Parameter, Tensor]:
-        """The natural gradient of every parameter that has factors and a gradient."""
-        solutions = self.metric.solve(self.states(), self._matrix)
+    def directions(self, gradient: Gradient | None = None) -> dict[nn.Parameter, Tensor]:
+        """The natural gradient of every parameter that has factors and a gradient: the batch's, or the one given."""
+        solutions = self.metric.solve(self.states(), partial(self._matrix, gradient or self.gradient))
         natural: dict[nn.Parameter, Tensor] = {}
         for layer in self.layers:
             if layer.name in solutions:
@@ -282,10 +288,10 @@ class Preconditioner:
         """Let go of everything that was gathered for the step."""
         self._whole, self.batch, self.multiplier = {}, Batch(self.loss, self.fisher), None
 
-    def _matrix(self, layer: Layer) -> Tensor | None:
+    def _matrix(self, gradient: Gradient, layer: Layer) -> Tensor | None:
         """The gradient of a layer as a matrix; None without all of it or without factors."""
         state = self._state(layer)
-        gradients = [g for p in layer.parameters if (g := self.gradient(p)) is not None]
+        gradients = [g for p in layer.parameters if (g := gradient(p)) is not None]
         if "A" not in state or len(gradients) < len(layer.parameters):
             return None
         return layer.to_matrix(gradients).to(state["A"].dtype)
@@ -372,8 +378,9 @@ class Preconditioner:
         if likelihood is None or forward is None or forward.gradient is None:
             return None
         ranks = Ranks(self.world, batch.part, forward.output)
-        local = partial(LocalModel, self.model, likelihood, self.capture.select, forward, batch.terms, ranks)
-        return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms, ranks)
+        state, select = self._state(self.layers[0]), self.capture.select
+        local = partial(LocalModel, self.model, likelihood, select, forward, batch.terms, ranks, Trust(state).more)
+        return LossMultiplier(state, local, forward, likelihood, batch.terms, ranks)
 
     def _update_factors(self, layer: Layer, batch: Batch) -> None:
         factors = batch.factors(layer)
@@ -382,7 +389,8 @@ class Preconditioner:
         state = self._state(layer)
         decay = self.factor_decay
         if decay == "auto":
-            decay = 0.0 if determines(batch.rows(layer.name), max(layer.shape)) else LONG_DECAY
+            determined = determines(batch.rows(layer.name), max(layer.shape))
+            decay = AVERAGED_DECAY if self.averages else 0.0 if determined else LONG_DECAY
         update_average(state, {"A": factors[0], "G": factors[1]}, decay)
         self.metric.moved.add(layer.name)
         spectrum = batch.spectrum(layer)

@@ -53,6 +53,7 @@ class LocalModel:
         forward: A forward pass whose backward pass is done.
         terms: What the reduction divides by, over the whole batch: more than that forward's when it was split.
         ranks: Of a data-parallel run; the model is that of the mean of their losses, the same on all of them.
+        more: So many times as many data as usual.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class LocalModel:
         forward: Forward,
         terms: float,
         ranks: Ranks | None = None,
+        more: float = 1.0,
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
         self.ranks = ranks or Ranks()
-        self.size = min(round(max(MIN_DATA * self.ranks.part, SHARE * forward.data)), forward.data)
+        self.size = min(round(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data)), forward.data)
         self.chosen: slice | Tensor = slice(None)
         self.emphasis = torch.ones(self.size, device=forward.output.device)
         if self.size < forward.data:
@@ -86,6 +88,11 @@ class LocalModel:
         self.parts = (0.0, 0.0)
         self._before: Outputs | None = None
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
+
+    @property
+    def has_all(self) -> bool:
+        """Whether it is of all data of the pass."""
+        return self.size == self.forward.data
 
     def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
         """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move.
@@ -192,10 +199,28 @@ def choose(
         The coefficients, and diagnostics. All are zero when even the shortest step does not lower the loss.
     """
     M = local.curvature(directions)
-    looking_back = {"previous_change": float(b[1] - M[1, 1] / 2)} if len(directions) > 1 else {}
     c = minimize(M, b, given)
     if given[0] is None and c[0] < 0:  # noise: the natural gradient goes downhill
         c = minimize(M, b, [0.0, *given[1:]])
+    return shorten(local, directions, b, M, c)
+
+
+def shorten(
+    local: LocalModel, directions: Sequence[dict[str, Tensor]], b: Tensor, M: Tensor, c: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Coefficients halved until the step lowers the loss in fact.
+
+    Args:
+        local: The loss near the current parameters.
+        directions: As for ``choose``.
+        b: Slopes of the loss along them.
+        M: Its curvature along them.
+        c: The coefficients.
+
+    Returns:
+        As ``choose``.
+    """
+    looking_back = {"previous_change": float(b[1] - M[1, 1] / 2)} if len(directions) > 1 else {}
     for halvings in range(HALVINGS + 1):
         step = combine(directions, c)
         kl = 0.5 * c @ M @ c

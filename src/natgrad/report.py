@@ -79,11 +79,12 @@ def describe(model: nn.Module | Distributed, *, strict: bool = False, ranks: int
     """Say which parameters of ``model`` get a Kronecker-factored block, why the others do not, and what it takes.
 
     Memory is that of all tensors that :class:`~natgrad.KFAC` keeps between two steps besides the model, up to a few
-    numbers a layer: two factors, their inverses (with ``inverse="cholesky"``) and the previous step of every layer, and
-    AdamW's two averages of the other parameters. A :class:`~natgrad.Preconditioner` keeps no previous step and no
-    averages. Of several ranks, it is what one keeps that holds all inverses. During a step come, as with any optimizer,
-    activations and gradients, and besides up to four times the parameters for the step and its trial; where curvature
-    is due, the sums that become the next factors, as large as these, and the rows of the data that enter them.
+    numbers a layer: two factors, their inverses (with ``inverse="cholesky"``), the previous step and the average
+    gradient of every layer, and AdamW's two averages of the other parameters. A :class:`~natgrad.Preconditioner` keeps
+    no previous step and no averages, and with a number as rate or momentum there is no average gradient. Of several
+    ranks, it is what one keeps that holds all inverses. During a step come, as with any optimizer, activations and
+    gradients, and besides up to four times the parameters for the step and its trial; where curvature is due, the sums
+    that become the next factors, as large as these, and the rows of the data that enter them.
 
     Args:
         model: The model; wrapped, or in a :class:`~natgrad.Distributed`, for what several processes would send.
@@ -96,9 +97,9 @@ def describe(model: nn.Module | Distributed, *, strict: bool = False, ranks: int
     Example:
         >>> print(describe(nn.Sequential(nn.Linear(3, 4), nn.PReLU(4))))
         layer     handled by    G  A  parameters  memory  cost  why not K-FAC
-        0         K-FAC Linear  4  4          16   320 B  100%
+        0         K-FAC Linear  4  4          16   384 B  100%
         1.weight  fallback                     4    32 B        no layer kind is registered for PReLU
-        all                                   20   352 B
+        all                                   20   416 B
     """
     inner = unwrap(model.model if isinstance(model, Distributed) else model)
     parts = partition(inner)
@@ -135,11 +136,11 @@ def _size(layer: Layer, side: int) -> str:
 
 
 def _kept(layer: Layer) -> int:
-    """Bytes of the factors, their inverses and the previous step, none of them of less precision than float32."""
+    """Bytes of factors, inverses, previous step and average gradient, none of less precision than float32."""
     sides = zip(layer.shape, layer.diagonal, strict=True)
     factors = (layer.blocks or 1) * sum(d if diagonal else d * d for d, diagonal in sides)
     step = sum(p.numel() for p in layer.parameters)
-    return (2 * factors + step) * torch.promote_types(layer.parameters[0].dtype, torch.float32).itemsize
+    return (2 * factors + 2 * step) * torch.promote_types(layer.parameters[0].dtype, torch.float32).itemsize
 
 
 def _sent(layer: Layer, ranks: int, holding: int) -> int:

@@ -21,7 +21,7 @@ OF_BLOCK = ("scale", "spectrum", "shift")
 # Whether the factors are newer than their inverse.
 MOVED = "moved"
 # Kept with the first layer, for the whole network; and their sizes.
-OF_ALL = {"multiplier": 2, "promise": 4, "confirmed": 1, "ease": 4}
+OF_ALL = {"multiplier": 2, "promise": 4, "confirmed": 1, "ease": 5, "more": 1, "pace": 5, "progress": 5}
 
 
 def names(inverse: Sequence[str], sampling: bool) -> list[str]:
@@ -64,7 +64,7 @@ def of_parameter(parameter: nn.Parameter, name: str) -> Tensor:
     """What is kept of each parameter before the first step."""
     if name == "step":
         return torch.zeros(())
-    if name == "velocity":
+    if name in ("velocity", "average"):
         wide = torch.promote_types(parameter.dtype, torch.float32)
         return torch.full_like(parameter, torch.nan, dtype=wide, memory_format=torch.contiguous_format)
     return torch.zeros_like(parameter)  # in the layout that AdamW gives it

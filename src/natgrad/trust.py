@@ -9,8 +9,9 @@ A step is made for one batch, by blocks that know neither each other nor other d
   curvature along their direction is larger than they say.
 
 Where a fair rate was chosen and a fair share confirmed, less damping would have done, and is tried the next time; where
-either is small there was too little. Only steps can tell: on linear networks and for smooth solutions of differential
-equations damping must fall to nothing, while noisy minibatches need all that there is.
+either is small there was too little. Where next to nothing is confirmed, batches are mostly noise, and gradients are
+averaged over them (:mod:`natgrad.averaging`). Only steps can tell: on linear networks and for smooth solutions of
+differential equations damping must fall to nothing, while noisy minibatches need all that there is.
 """
 
 import math
@@ -18,6 +19,8 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import torch
+
+from natgrad.averaging import Pace
 
 # Of the running average of what is confirmed.
 DECAY = 0.8
@@ -27,15 +30,21 @@ FAIR_RATE, FAIR_SHARE, EASIER = 0.1, 0.2, 0.25
 POOR_RATE, POOR_SHARE, HARDER = 0.03, 0.1, 2.0
 LEAST = 0.003
 LEAST_RATE = 1e-6  # of a step that was not taken
+# Gradients are averaged once less than LITTLE is confirmed, and until more than MUCH is; not at the first steps, which
+# are too long to be foreseen.
+LITTLE, MUCH, FIRST_STEPS = 0.35, 0.7, 8
+# A step that had to be shortened on the model's data was misjudged: so many times more of them, and ever fewer then.
+MORE, FEWER = 2.0, 0.95
 
 
 class Trust:
     """What the steps so far have shown, kept as tensors in a mapping.
 
     Args:
-        state: Of the first layer's first parameter: ``confirmed``, the running average of the confirmed share; and
-            ``ease``: what damping is multiplied by, and the confirmed share when that was last set; the sum of the
-            logarithms of the rates since, and their number.
+        state: Of the first layer's first parameter: ``confirmed``, the running average of the confirmed share;
+            ``ease``: what damping is multiplied by, the confirmed share when that was last set, the sum of the
+            logarithms of the rates since, their number, and whether gradients were averaged then; and ``more``: how
+            many times as many data as usual the quadratic model has.
     """
 
     def __init__(self, state: MutableMapping[str, Any]) -> None:
@@ -47,6 +56,23 @@ class Trust:
         return float(self.state["confirmed"]) if "confirmed" in self.state else 0.0
 
     @property
+    def averages(self) -> bool:
+        """Whether gradients are to be averaged over batches."""
+        if "confirmed" not in self.state or float(self.state["step"]) < FIRST_STEPS:
+            return False
+        return self.confirmed < (MUCH if Pace(self.state).known else LITTLE)
+
+    @property
+    def more(self) -> float:
+        """How many times as many data as usual the quadratic model needs."""
+        return float(self.state["more"]) if "more" in self.state else 1.0
+
+    def tried(self, halvings: int, had_all: bool) -> None:
+        """Note how often a step was halved on the model's data, and whether there are no more of them."""
+        more = self.more * MORE if halvings and not had_all else max(1.0, self.more * FEWER)
+        self.state["more"] = torch.tensor([more])
+
+    @property
     def ease(self) -> float:
         """What damping is multiplied by."""
         return self._ease[0]
@@ -56,6 +82,11 @@ class Trust:
         """The confirmed share that the inverses were made with, which is not the latest in a checkpoint."""
         return self._ease[1]
 
+    @property
+    def settled_average(self) -> bool:
+        """Whether gradients were averaged when the inverses were made."""
+        return bool(self._ease[4])
+
     def confirm(self, share: float) -> None:
         """Fold in the share that the latest batch confirmed."""
         latest = torch.tensor([min(max(share, 0.0), 1.0)])
@@ -63,12 +94,17 @@ class Trust:
 
     def chose(self, rate: float) -> None:
         """Note the rate that the quadratic model chose."""
-        ease, share, logarithms, count = self._ease
-        self.state["ease"] = torch.tensor([ease, share, logarithms + math.log(max(rate, LEAST_RATE)), count + 1])
+        ease, share, logarithms, count, averaged = self._ease
+        logarithms += math.log(max(rate, LEAST_RATE))
+        self.state["ease"] = torch.tensor([ease, share, logarithms, count + 1, averaged])
 
-    def settle(self) -> None:
-        """Before inverses are refreshed: set the ease by the steps since it was last set, if there were any."""
-        ease, _, logarithms, count = self._ease
+    def settle(self, averaged: bool) -> None:
+        """Before inverses are refreshed: set the ease by the steps since it was last set, if there were any.
+
+        Args:
+            averaged: Whether gradients are averaged now.
+        """
+        ease, _, logarithms, count, _ = self._ease
         share = self.confirmed
         if not (count or share):
             return
@@ -78,9 +114,9 @@ class Trust:
                 ease = max(ease * EASIER, LEAST)
             elif rate < POOR_RATE or share < POOR_SHARE:
                 ease = min(ease * HARDER, 1.0)
-        self.state["ease"] = torch.tensor([ease, share, 0.0, 0.0])
+        self.state["ease"] = torch.tensor([ease, share, 0.0, 0.0, float(averaged)])
 
     @property
     def _ease(self) -> list[float]:
-        kept: list[float] = self.state["ease"].tolist() if "ease" in self.state else [1.0, 0.0, 0.0, 0.0]
+        kept: list[float] = self.state["ease"].tolist() if "ease" in self.state else [1.0, 0.0, 0.0, 0.0, 0.0]
         return kept

@@ -1,0 +1,207 @@
+"""Stage 7, where batches are mostly noise: steps along gradients that are averaged over batches.
+
+A step made for a single batch of noise is fitted to it, and so are rate and momentum: the next batch confirms a tenth
+of what it promised (:mod:`natgrad.trust`). Then the gradient g gives way to a running average, looking ahead at the
+batch at hand as Nesterov does, before the metric P is applied to it. It takes the place of momentum:
+
+    ū ← β ū + (1 − β) g        u = β ū + (1 − β) g        θ ← θ − α Δ,    Δ = P⁻¹ u
+
+The exact quadratic model of the loss still tells the rate, α = f · uᵀΔ / ΔᵀFΔ, where uᵀΔ has far less noise in it than
+gᵀΔ. The inverse of this ratio, the *pace*, hardly changes from one average to the next. So it is measured only now and
+then: when inverses are new, when Δ has become much longer in its own metric, and otherwise at every eighth step. Rates
+fall at once and rise slowly.
+
+Where gᵀΔ < uᵀΔ the average is out of date: the step is shortened as much, and where gᵀΔ < 0 the average starts anew.
+
+The factor f is 1 until the error of new batches stops falling; noise then makes steps undo each other, and they become
+shorter. Where the slope along a step is still mostly there when it has been taken, they become longer again. The error
+is the squared gradient at the output, and is compared over windows that grow with the number of steps, so that f
+cannot fall faster than a power of it.
+
+Measured in ``docs/decisions.md``.
+"""
+
+import math
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.distributed import like, whole
+from natgrad.layers import at_least_float32
+
+# β, of the running average.
+DECAY = 0.9
+# Steps between two measurements of the pace at most, and how much longer Δ may become until the next.
+EVERY, LONGER = 8, 2.0
+# A window is this share of the steps before it, and no fewer than so many steps.
+WINDOW, SHORTEST_WINDOW = 0.25, 8
+# Error must fall by this share from one window to the next, or f by SHRINK; f grows where more than PERSISTENT of the
+# slope persists on average.
+GAIN, SHRINK, PERSISTENT = 0.002, 0.7, 0.3
+# No pace is below this, as where the outputs do not change.
+TINY = 1e-6
+
+State = MutableMapping[str, Any]
+
+
+class Averages:
+    """The running averages of the gradients of some parameters.
+
+    They start at zero, and so lack a factor at first: the rate makes up for it. They are there from the first step on,
+    so that memory does not depend on what batches turn out to be.
+
+    Args:
+        state: Of each parameter; ``average`` is ū, of the same shape.
+        parameters: Which.
+    """
+
+    def __init__(self, state: MutableMapping[Any, State], parameters: Sequence[nn.Parameter]) -> None:
+        self.state, self.parameters = state, parameters
+
+    def take(self, gradient: Callable[[nn.Parameter], Tensor | None]) -> dict[nn.Parameter, Tensor]:
+        """Put the latest gradients in; u of every parameter that has one."""
+        ahead = {}
+        for parameter in self.parameters:
+            latest = gradient(parameter)
+            if latest is not None:
+                latest = at_least_float32(latest)
+                average = whole(self._average(parameter)).lerp_(latest, 1 - DECAY)
+                ahead[parameter] = torch.lerp(average, latest, 1 - DECAY)
+                self.state[parameter]["average"] = like(average, parameter)
+        return ahead
+
+    def start_anew(self) -> None:
+        """As if there had been no gradient yet."""
+        for parameter in self.parameters:
+            self._average(parameter).zero_()
+
+    def rest(self) -> None:
+        """Gradients are not averaged at this step; nor were they, or what is known is forgotten."""
+        pace = Pace(self.state[self.parameters[0]])
+        if pace.known:
+            pace.forget()
+            self.start_anew()
+        for parameter in self.parameters:
+            self._average(parameter)
+
+    def _average(self, parameter: nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if "average" not in state:
+            zero = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            state["average"] = zero.contiguous()
+        average: Tensor = state["average"]
+        return average
+
+
+class Pace:
+    """What is known of the rate along averaged gradients; kept as tensors in a mapping.
+
+    Args:
+        state: Of the first layer's first parameter: ``pace``, the inverse of the rate for f = 1, the number of steps
+            since it was measured, uᵀΔ at that time, and of the latest step its slope −α uᵀΔ and the change of the loss
+            that it promised on its own batch; ``progress``, of the current window the number of steps, the sums of
+            errors and of slopes that persisted, the mean error of the window before (0 if there was none), and f.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    @property
+    def rate(self) -> float:
+        """α, of an average that is not out of date."""
+        return self.factor / self._pace[0]
+
+    @property
+    def factor(self) -> float:
+        """f."""
+        return self._progress[4]
+
+    @property
+    def known(self) -> bool:
+        """Whether there was a step along averaged gradients."""
+        return "pace" in self.state
+
+    @property
+    def ratio(self) -> float:
+        """ΔᵀFΔ / uᵀΔ."""
+        return self._pace[0]
+
+    @property
+    def promised(self) -> float:
+        """Change of the loss that the latest step promised on its own batch; 0 if there was none."""
+        return self._pace[4]
+
+    def due(self, slope: float, renewed: bool) -> bool:
+        """Whether to measure.
+
+        Args:
+            slope: uᵀΔ.
+            renewed: Whether the metric is new.
+        """
+        _, age, before, _, _ = self._pace
+        return not self.known or renewed or age + 1 >= EVERY or slope > LONGER**2 * before
+
+    def measure(self, slope: float, curvature: float) -> None:
+        """Set the pace by uᵀΔ and ΔᵀFΔ."""
+        latest = max(curvature, TINY * slope) / slope
+        if self.known:
+            latest = max(latest, math.sqrt(latest * self._pace[0]))
+        # One step before the present one.
+        self._set("pace", [latest, -1.0, slope, *self._pace[3:]])
+
+    def take(self, share: float, slope: float, promised: float) -> None:
+        """Remember the step that is taken.
+
+        Args:
+            share: Of the step that ``rate`` meant, if the loss asked for a shorter one.
+            slope: Of the loss along it, by the averaged gradient.
+            promised: Change of the loss on its own batch.
+        """
+        pace, age, before, _, _ = self._pace
+        self._set("pace", [pace / share, age + 1, before, slope, promised])
+
+    def rest(self) -> None:
+        """Remember that no step is taken."""
+        if self.known:
+            self.take(1.0, 0.0, 0.0)
+
+    def note(self, error: float, slope: float) -> None:
+        """Follow the progress, once for each batch.
+
+        Args:
+            error: Mean squared gradient at the output.
+            slope: Of the loss along the latest step, by the gradient of this batch.
+        """
+        count, errors, persisted, before, factor = self._progress
+        expected = self._pace[3]
+        persists = min(max(slope / expected, -1.0), 1.0) if expected else 0.0
+        count, errors, persisted = count + 1, errors + error, persisted + persists
+        if count >= max(SHORTEST_WINDOW, WINDOW * (float(self.state["step"]) - count)):
+            if persisted > PERSISTENT * count:
+                factor = min(factor / SHRINK, 1.0)
+            elif before and errors / count > (1 - GAIN) * before:
+                factor *= SHRINK
+            count, errors, persisted, before = 0.0, 0.0, 0.0, errors / count
+        self._set("progress", [count, errors, persisted, before, factor])
+
+    def forget(self) -> None:
+        """Gradients are not averaged any more."""
+        for name in ("pace", "progress"):
+            self.state.pop(name, None)
+
+    @property
+    def _pace(self) -> list[float]:
+        return self._get("pace", [1.0, 0.0, 0.0, 0.0, 0.0])
+
+    @property
+    def _progress(self) -> list[float]:
+        return self._get("progress", [0.0, 0.0, 0.0, 0.0, 1.0])
+
+    def _get(self, name: str, unknown: list[float]) -> list[float]:
+        kept: list[float] = self.state[name].tolist() if name in self.state else unknown
+        return kept
+
+    def _set(self, name: str, values: list[float]) -> None:
+        self.state[name] = torch.tensor(values)

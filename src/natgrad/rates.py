@@ -1,0 +1,138 @@
+"""Stage 7 meets stage 8: how far to go along the natural gradient, and along the previous step.
+
+Where rate and momentum are automatic there are two ways, and how much batches confirm of the steps before them chooses
+(:mod:`natgrad.trust`):
+
+- ``by_model``: the minimizer of the exact quadratic model along both directions, at every step
+  (:mod:`natgrad.quadratic`);
+- ``by_average``: where batches are mostly noise, along gradients that are averaged over them, the minimizer along the
+  natural gradient alone, measured now and then (:mod:`natgrad.averaging`).
+
+Either way a step is tried on the model's data before it is taken, unless it is like one that was, and what it promises
+is remembered, so that the next batch can tell how much of it was true.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from natgrad import quadratic
+from natgrad.averaging import Pace
+from natgrad.clipping import Gradient, dot
+from natgrad.multiplier import LossMultiplier
+from natgrad.trust import Trust
+
+Direction = dict[nn.Parameter, Tensor]
+Told = dict[str, float]
+
+
+@dataclass
+class Course:
+    """Where a step may go.
+
+    Attributes:
+        names: Of all parameters of the model.
+        natural: The natural gradient.
+        previous: The previous step, or what the rates of the groups leave of it; empty if there was none.
+        gradient: Of the loss on this batch.
+        times: What a chosen step is multiplied by before it is taken.
+        whole: Whether ``previous`` is all of the previous step.
+        resting: Whether a layer that is not used now keeps an older step.
+    """
+
+    names: Mapping[nn.Parameter, str]
+    natural: Direction
+    previous: Direction
+    gradient: Gradient
+    times: float
+    whole: bool
+    resting: bool
+
+    def directions(self) -> list[dict[str, Tensor]]:
+        """Downhill along the natural gradient and, if there was one, the previous step; by parameter name."""
+        downhill = {self.names[p]: -d for p, d in self.natural.items()}
+        return [downhill, *([{self.names[p]: d for p, d in self.previous.items()}] if self.previous else [])]
+
+    def slope(self) -> Tensor:
+        """Of the loss along the previous step, a scalar; 0 if there was none."""
+        return dot(self.previous, self.gradient) if self.previous else torch.zeros(())
+
+
+def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float | None]) -> tuple[float, float, Told]:
+    """α and μ by the exact quadratic model of this batch, and diagnostics.
+
+    Args:
+        multiplier: Of this batch.
+        course: Where to go.
+        given: α and μ where the user chose them, else None.
+    """
+    directions, promised, trust = course.directions(), multiplier.promised, Trust(multiplier.state)
+    slopes = [-dot(course.natural, course.gradient), course.slope()][: len(directions)]
+    b = multiplier.ranks.mean(torch.stack([slope.cpu() for slope in slopes]))
+    c, told = quadratic.choose(multiplier.local, directions, b, given[: len(directions)])
+    _look_back(multiplier, course, told, promised)
+    slope, bend = multiplier.local.parts
+    multiplier.promise(course.times * slope, course.times**2 * bend)
+    if not c.any() and told["halvings"]:
+        multiplier.reject()
+    elif course.resting:
+        multiplier.forget()
+    if given[0] is None:
+        trust.chose(float(c[0]))
+    told |= {"confirmed": trust.confirmed, "ease": trust.ease}
+    return float(c[0]), float(c[1]) if course.previous else 0.0, told
+
+
+def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, renewed: bool) -> tuple[float, Told]:
+    """α along the natural gradient of averaged gradients, and diagnostics; 0 where the average had better start anew.
+
+    Args:
+        multiplier: Of this batch.
+        course: Where to go.
+        averaged: What the natural gradient was made of.
+        renewed: Whether the metric is new.
+    """
+    pace, trust = Pace(multiplier.state), Trust(multiplier.state)
+    promised = pace.promised if pace.known else multiplier.promised
+    slopes = [dot(course.natural, course.gradient), dot(course.natural, averaged), course.slope()]
+    own, slope, back = multiplier.ranks.mean(torch.stack([one.cpu() for one in slopes])).tolist()
+    pace.note(multiplier.error(), back)
+    told: Told = {"shortening": pace.factor}
+    multiplier.forget()
+    if not (own > 0 and slope > 0):
+        pace.rest()
+        return 0.0, told
+    fresh = min(own / slope, 1.0)
+    kept = 1.0
+    if pace.due(slope, renewed):
+        directions = course.directions()
+        M = multiplier.local.curvature(directions)
+        pace.measure(slope, float(M[0, 0]))
+        b, c = torch.zeros(2, len(directions), dtype=torch.float64)
+        b[0], b[1:], c[0] = -fresh * slope, back, fresh * pace.rate
+        tried, tale = quadratic.shorten(multiplier.local, directions, b, M, c)
+        _look_back(multiplier, course, tale, promised)
+        told |= tale
+        kept = float(tried[0] / c[0])
+    told |= {"confirmed": trust.confirmed, "ease": trust.ease}
+    if not kept:
+        pace.rest()
+        multiplier.reject()
+        return 0.0, told
+    alpha = kept * fresh * pace.rate
+    step = course.times * alpha
+    bend = step**2 * slope * pace.ratio
+    pace.take(kept, -step * slope, -step * own + bend / 2)
+    if not course.resting:
+        multiplier.promise(-step * slope, bend, evident=False)
+    return alpha, told
+
+
+def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised: float) -> None:
+    """What trying a step has shown: of the previous one, and of how many data the model needs."""
+    if course.whole and not course.resting and "previous_change" in told:
+        multiplier.confirm(told["previous_change"], promised)
+    halvings = int(told["halvings"])
+    Trust(multiplier.state).tried(halvings, bool(halvings) and multiplier.ranks.all(multiplier.local.has_all))

@@ -1,0 +1,164 @@
+"""Averages of gradients, and the rate along them, against closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from natgrad import averaging
+from natgrad.averaging import DECAY, EVERY, GAIN, LONGER, PERSISTENT, SHORTEST_WINDOW, SHRINK, WINDOW, Averages, Pace
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def averages_of(dtype: torch.dtype = torch.float64) -> tuple[Averages, nn.Parameter]:
+    parameter = nn.Parameter(torch.zeros(2, dtype=dtype))
+    return Averages({parameter: {}}, [parameter]), parameter
+
+
+def test_the_average_looks_ahead_at_the_latest_gradient() -> None:
+    """Σ β^age (1 − β) g, β times that and (1 − β) g once more: catches an average of what it looked ahead to."""
+    averages, parameter = averages_of()
+    gradients = torch.randn(5, 2)
+    for g in gradients:
+        ahead = averages.take({parameter: g}.get)
+    weights = (1 - DECAY) * DECAY ** torch.arange(4, -1, -1)
+    average = weights @ gradients
+    torch.testing.assert_close(averages.state[parameter]["average"], average)
+    torch.testing.assert_close(ahead[parameter], DECAY * average + (1 - DECAY) * gradients[-1])
+
+
+def test_a_parameter_without_a_gradient_keeps_its_average() -> None:
+    averages, parameter = averages_of()
+    averages.take({parameter: torch.ones(2)}.get)
+    assert averages.take({}.get) == {}
+    torch.testing.assert_close(averages.state[parameter]["average"], torch.full((2,), 1 - DECAY))
+
+
+def test_averages_of_half_precision_are_single() -> None:
+    averages, parameter = averages_of(torch.bfloat16)
+    ahead = averages.take({parameter: torch.ones(2, dtype=torch.bfloat16)}.get)
+    assert {ahead[parameter].dtype, averages.state[parameter]["average"].dtype} == {torch.float32}
+
+
+def test_what_is_not_averaged_any_more_is_forgotten() -> None:
+    """And is there as a zero from the first step on."""
+    averages, parameter = averages_of()
+    averages.rest()
+    assert averages.state[parameter]["average"].tolist() == [0.0, 0.0]
+    averages.take({parameter: torch.ones(2)}.get)
+    averages.rest()  # there was no step along them yet
+    assert averages.state[parameter]["average"].any()
+    pace(averages.state[parameter])
+    averages.rest()
+    assert not averages.state[parameter]["average"].any()
+    assert averages.state[parameter].keys() == {"average", "step"}
+
+
+# The pace.
+
+
+def pace(state: dict[str, Tensor], slope: float = 2.0, curvature: float = 8.0) -> Pace:
+    """Measured at a step that was taken."""
+    state["step"] = torch.tensor(100.0)
+    one = Pace(state)
+    one.measure(slope, curvature)
+    one.take(1.0, -1.0, -0.5)
+    return one
+
+
+def test_the_rate_minimizes_the_quadratic_model() -> None:
+    """Slope −2 and curvature 8 along −Δ."""
+    assert pace({}).rate == 0.25
+    assert pace({}).ratio == 4.0
+
+
+def test_rates_fall_at_once_and_rise_slowly() -> None:
+    """By the geometric mean: catches an average that a short step has to wait for."""
+    steeper, flatter = pace({}), pace({})
+    steeper.measure(2.0, 32.0)
+    flatter.measure(2.0, 2.0)
+    assert steeper.rate == 1 / 16
+    assert flatter.rate == pytest.approx(0.5)
+
+
+def test_a_direction_without_curvature_has_a_rate() -> None:
+    assert pace({}, 2.0, 0.0).rate == pytest.approx(1 / averaging.TINY)
+
+
+def test_it_is_measured_when_it_is_old_when_the_metric_is_new_and_when_steps_are_longer() -> None:
+    assert Pace({}).due(1.0, renewed=False)
+    one = pace({}, slope=2.0)
+    for _ in range(EVERY - 1):
+        assert not one.due(0.99 * LONGER**2 * 2.0, renewed=False)
+        assert one.due(1.01 * LONGER**2 * 2.0, renewed=False)
+        assert one.due(2.0, renewed=True)
+        one.take(1.0, -1.0, -0.5)
+    assert one.due(2.0, renewed=False)
+
+
+def test_a_step_that_had_to_be_halved_halves_the_rate() -> None:
+    one = pace({})
+    one.take(0.5, -1.0, -0.5)
+    assert one.rate == 0.125
+    assert one.promised == -0.5
+    one.rest()
+    assert one.promised == 0.0
+
+
+# Progress.
+
+
+def progress(errors: list[float], slope: float = 0.0, step: float = 0.0, factor: float = 1.0) -> float:
+    """What steps are multiplied by after so many batches; each step is to have had the slope −1 at its start."""
+    state: dict[str, Tensor] = {}
+    one = pace(state)
+    state["progress"] = torch.tensor([0.0, 0.0, 0.0, 0.0, factor])
+    for number, error in enumerate(errors):
+        state["step"] = torch.tensor(step + number)
+        one.note(error, slope)
+    return one.factor
+
+
+@pytest.mark.parametrize(("fall", "expected"), [(1.1 * GAIN, 1.0), (0.9 * GAIN, SHRINK), (-0.1, SHRINK)])
+def test_steps_become_shorter_once_the_error_stops_falling(fall: float, expected: float) -> None:
+    first, second = [1.0, 3.0] * (SHORTEST_WINDOW // 2), [2 * (1 - fall)] * SHORTEST_WINDOW
+    assert progress(first) == 1.0  # with nothing to compare
+    assert progress(first + second[1:]) == 1.0
+    assert progress(first + second) == pytest.approx(expected)
+
+
+def test_windows_grow_with_the_steps() -> None:
+    """A quarter of 400 steps, then of 500: catches windows whose noise decides, and rates that fall exponentially."""
+    assert progress([1.0] * 224, step=400) == 1.0
+    assert progress([1.0] * 225, step=400) == pytest.approx(SHRINK)
+    assert progress([1.0] * 1000) > SHRINK ** (2 + math.log(1000 / SHORTEST_WINDOW, 1 + WINDOW))
+
+
+def test_steps_become_longer_where_slopes_persist() -> None:
+    """A slope of −0.5 after the step, of −1 before it; up to what the model means."""
+    window = [1.0] * SHORTEST_WINDOW
+    assert progress(window, -1.1 * PERSISTENT, factor=0.5) == pytest.approx(0.5 / SHRINK)
+    assert progress(window, -0.9 * PERSISTENT, factor=0.5) == pytest.approx(0.5)
+    assert progress(window, -1.0) == 1.0
+    assert progress(window * 2, 1.0) == pytest.approx(SHRINK)  # the loss rises where a step ends
+
+
+def test_a_single_batch_counts_for_no_more_than_the_whole_slope() -> None:
+    """Catches a window decided by one batch of which the direction knew nothing."""
+    state: dict[str, Tensor] = {}
+    one = pace(state)
+    state["progress"] = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5])
+    for number in range(SHORTEST_WINDOW):
+        state["step"] = torch.tensor(float(number))
+        one.note(1.0, 0.0 if number else -1e6)
+    assert one.factor == 0.5
+
+
+def test_after_a_step_that_was_not_taken_nothing_persists() -> None:
+    state: dict[str, Tensor] = {}
+    one = pace(state)
+    one.rest()
+    one.note(1.0, -1.0)
+    assert state["progress"].tolist()[:3] == [1.0, 1.0, 0.0]

@@ -1,0 +1,185 @@
+"""How far to go where batches are mostly noise: against dense curvature, and on problems that are all noise or none."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+import natgrad
+from kfac_cases import assert_same, values
+from natgrad import trust
+from natgrad.averaging import DECAY, Pace
+from natgrad.factors import AVERAGED_DECAY
+from oracle import relative_error
+
+pytestmark = pytest.mark.usefixtures("float64")
+KINDS = {"mse": mse_loss, "cross_entropy": cross_entropy}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def noise(kind: str, size: int = 6) -> Iterator[tuple[Tensor, Tensor]]:
+    """Targets that have nothing to do with the inputs."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        x, y = (torch.randn(size, n, generator=generator, dtype=torch.float64) for n in (3, 2))
+        yield x, y.argmax(1) if kind == "cross_entropy" else y
+
+
+def backward(optimizer: natgrad.KFAC, kind: str, x: Tensor, y: Tensor) -> float:
+    optimizer.zero_grad()
+    loss = KINDS[kind](optimizer.preconditioner.model(x), y)
+    loss.backward()
+    return loss.item()
+
+
+def curvature(
+    model: nn.Module, direction: dict[nn.Parameter, Tensor], loss: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """DᵀFD with the Gauss-Newton matrix of the whole network, by double differentiation."""
+    plain = network()
+    plain.load_state_dict(model.state_dict())
+    tangent = {name: direction[p] for name, p in model.named_parameters()}
+    at = {name: p.detach() for name, p in plain.named_parameters()}
+    z, JD = torch.func.jvp(lambda theta: torch.func.functional_call(plain, theta, x), (at,), (tangent,))
+    return torch.sum(JD * torch.autograd.functional.hvp(loss, z, JD)[1])
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def trained(kind: str, **options: Any) -> tuple[natgrad.KFAC, Iterator[tuple[Tensor, Tensor]]]:
+    """On noise, until gradients are averaged from the next step on."""
+    optimizer, data = natgrad.KFAC(network(), kind, **options), noise(kind)
+    for _ in range(trust.FIRST_STEPS):
+        backward(optimizer, kind, *next(data))
+        optimizer.step()
+    first = optimizer.state[optimizer.preconditioner.layers[0].parameters[0]]
+    first["confirmed"] = torch.tensor([0.1])
+    return optimizer, data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_the_step_minimizes_the_dense_quadratic_model_along_the_average(kind: str, rate: float) -> None:
+    """Measured at the first step; at the second the average is another, and the pace is the same.
+
+    Catches the batch's own gradient in place of the average, in the direction or in its slope; and the other way round
+    in what the next batch is to confirm, the fall of the loss on this one.
+    """
+    optimizer, data = trained(kind, damping=(0.3, 0.3), curvature_period=100, inverse_period=100)
+    model = optimizer.preconditioner.model
+    optimizer.param_groups[0]["lr"] = rate
+    parameters, average, pace = list(model.parameters()), torch.zeros(len(flat(model.parameters()))), None
+    for number in range(2):
+        x, y = next(data)
+        backward(optimizer, kind, x, y)
+        g = flat(p.grad for p in parameters)
+        average = DECAY * average + (1 - DECAY) * g
+        u = DECAY * average + (1 - DECAY) * g
+        ahead = dict(zip(parameters, u.split([p.numel() for p in parameters]), strict=True))
+        directions = optimizer.preconditioner.directions(lambda p, of=ahead: of[p].view_as(p))
+        D = flat(directions[p] for p in parameters)
+        if pace is None:
+            pace = curvature(model, directions, lambda z, y=y: KINDS[kind](z, y), x) / (u @ D)
+        fresh = min(float(g @ D / (u @ D)), 1.0)
+        before = flat(parameters)
+        optimizer.step()
+        told = optimizer.diagnostics()
+        assert told["averaging"] == 1
+        expected = rate * max(fresh, 0.0) / pace / 2 ** (told["halvings"] if number == 0 else 0)
+        assert told["lr"] == pytest.approx(float(expected), rel=1e-6)
+        assert relative_error(flat(parameters) - before, -expected * D) < 1e-6
+        promised = expected**2 / 2 * pace * (u @ D) - expected * g @ D
+        assert Pace(optimizer.state[parameters[0]]).promised == pytest.approx(float(promised), rel=1e-5)
+
+
+def test_an_average_that_leads_uphill_starts_anew() -> None:
+    optimizer, data = trained("mse")
+    x, y = next(data)
+    backward(optimizer, "mse", x, y)
+    averages = {p: -1e3 * p.grad for p in optimizer.preconditioner.model.parameters()}
+    for p, average in averages.items():
+        optimizer.state[p]["average"] = average
+    before = flat(averages)
+    optimizer.step()
+    assert optimizer.diagnostics()["lr"] == 0
+    assert torch.equal(flat(averages), before)
+    assert not any(optimizer.state[p]["average"].any() for p in averages)
+    backward(optimizer, "mse", x, y)
+    optimizer.step()
+    assert optimizer.diagnostics()["lr"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_averaged_where_targets_are_noise_and_only_there(kind: str) -> None:
+    """Noise, and then the same batch again and again, which confirms everything."""
+    optimizer, data = natgrad.KFAC(network(), kind), noise(kind, 32)
+    same, averaging = next(data), []
+    for step in range(80):
+        backward(optimizer, kind, *(next(data) if step < 40 else same))
+        optimizer.step()
+        averaging.append(optimizer.diagnostics()["averaging"])
+    assert not any(averaging[: trust.FIRST_STEPS])
+    assert averaging[39] == 1
+    assert 0 in averaging[40:]
+
+
+def test_factors_are_averaged_with_the_gradients() -> None:
+    """Six rows determine them, so that they would be those of the latest batch alone."""
+    optimizer, data = trained("mse", curvature_period=1)
+    state = optimizer.state[optimizer.preconditioner.layers[0].parameters[0]]
+    before, age = state["A"].clone(), state["age"].item()
+    x, y = next(data)
+    backward(optimizer, "mse", x, y)
+    optimizer.step()
+    rows = torch.cat([x, torch.ones(6, 1)], dim=1)
+    total = AVERAGED_DECAY * age + 1
+    torch.testing.assert_close(state["A"], (AVERAGED_DECAY * age * before + rows.T @ rows / 6) / total)
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.5}, {"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}], ids=str)
+def test_a_given_number_is_not_averaged_away(options: dict[str, Any]) -> None:
+    optimizer, data = trained("mse", **options)
+    for _ in range(3):
+        backward(optimizer, "mse", *next(data))
+        optimizer.step()
+    assert optimizer.diagnostics().get("averaging", 0) == 0
+    assert not any("average" in kept for kept in optimizer.state.values())
+
+
+def test_steps_on_noise_become_shorter() -> None:
+    """A random walk would lead away from the best constant, at any distance from it; 1 is the loss of the mean."""
+    optimizer, data = natgrad.KFAC(network(), "mse"), noise("mse", 32)
+    losses = []
+    for _ in range(300):
+        losses.append(backward(optimizer, "mse", *next(data)))
+        optimizer.step()
+    assert optimizer.diagnostics()["shortening"] < 0.2
+    assert sum(losses[-50:]) / 50 < 1.1
+
+
+@pytest.mark.parametrize("interrupted", [3, 4])
+def test_an_interrupted_run_of_averages_is_bitwise_an_uninterrupted_one(interrupted: int) -> None:
+    """Catches a window, a pace or an average that starts anew."""
+    whole, data = trained("mse", inverse_period=5)
+    for _ in range(interrupted):
+        backward(whole, "mse", *next(data))
+        whole.step()
+    resumed = natgrad.KFAC(network(), "mse", inverse_period=5)
+    resumed.preconditioner.model.load_state_dict(whole.preconditioner.model.state_dict())
+    resumed.load_state_dict(whole.state_dict())
+    for _ in range(12):
+        x, y = next(data)
+        for optimizer in (whole, resumed):
+            backward(optimizer, "mse", x, y)
+            optimizer.step()
+        assert_same(values(resumed), values(whole))
+    assert whole.diagnostics()["averaging"] == 1
