@@ -26,7 +26,7 @@ class Bug:
 LINEAR, KINDS, LOSSES = "test_linear_exactness.py", "test_layers_exactness.py", "test_losses.py"
 EKFAC, TOLD, MULTIPLIER, NOISE = "test_ekfac.py", "test_diagnostics.py", "test_multiplier.py", "test_noise.py"
 RESUME, GROUPS, COPIES = "test_resume.py", "test_groups.py", "test_copies.py"
-SAMPLE, TRUST = "test_quadratic_sample.py", "test_trust.py"
+SAMPLE, TRUST, AVERAGING, RATES = "test_quadratic_sample.py", "test_trust.py", "test_averaging.py", "test_rates.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return (1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
     "loss reduced by mean treated as a sum": Bug("likelihoods.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
@@ -80,15 +80,29 @@ BUGS = {
     "tied table corrected by the head alone": Bug("layers/tied.py", "self.per_datum = not any(map(self.swaps, uses))", "self.per_datum = True", EKFAC),
     "total counted for every datum": Bug("noise.py", "energy - total / data", "energy - total", NOISE),
     "noise averaged as energy": Bug("noise.py", "share = (latest[1:] / latest[:1]).clamp(max=1)", "share = latest[1:]", NOISE),
-    "doubt not squared": Bug("damping.py", "max(1 - 2 * evidence.confirmed, LEAST_DOUBT) ** 2", "max(1 - 2 * evidence.confirmed, LEAST_DOUBT)", "test_damping.py"),
+    "doubt not squared": Bug("damping.py", "evidence.noise_to_signal * doubt**2", "evidence.noise_to_signal * doubt", "test_damping.py"),
     "confirmed at the start of the step": Bug("quadratic.py", "float(b[1] - M[1, 1] / 2)", "float(b[1] + M[1, 1] / 2)", f"test_quadratic.py {MULTIPLIER}"),
-    "a promise of a wrong multiplier believed": Bug("multiplier.py", "if error < 0 or not known or", "if error < 0 or", "test_robustness.py"),
+    "a promise of a wrong multiplier believed": Bug("multiplier.py", "if (self._promise[3] or self.bound[1]) and promised < 0", "if promised < 0", "test_robustness.py"),
     "the rest of the data not weighed": Bug("quadratic.py", "(data - top) / (size - top)", "1.0", SAMPLE),
     "curvature of the chosen data not weighed": Bug("quadratic.py", "root = self._weigh(at).sqrt()", "root = torch.ones(()) if self.weights is None else self.weights.curvature.sqrt()", SAMPLE),
     "gradient of the chosen data not weighed": Bug("quadratic.py", "return taken * self._emphasis(taken) / self.share", "return taken / self.share", SAMPLE),
-    "damping eased by the arithmetic mean": Bug("trust.py", "logarithms + math.log(max(rate, LEAST_RATE))", "logarithms + max(rate, LEAST_RATE) - 1", TRUST),
-    "rates judged twice": Bug("trust.py", "torch.tensor([ease, share, 0.0, 0.0])", "torch.tensor([ease, share, logarithms, count])", TRUST),
-    "ease applied to one damping": Bug("damping.py", "STIFFNESS * evidence.curvature * evidence.ease", "STIFFNESS * evidence.curvature", "test_damping.py"),
+    "damping eased by the arithmetic mean": Bug("trust.py", "logarithms += math.log(max(rate, LEAST_RATE))", "logarithms += max(rate, LEAST_RATE) - 1", TRUST),
+    "rates judged twice": Bug("trust.py", "torch.tensor([ease, share, 0.0, 0.0, float(averaged)])", "torch.tensor([ease, share, logarithms, count, float(averaged)])", TRUST),
+    "ease applied to one damping": Bug("damping.py", "* evidence.curvature * ease", "* evidence.curvature", "test_damping.py"),
+    "damping of averaged gradients eased": Bug("damping.py", "1.0 if evidence.averaged else evidence.ease", "evidence.ease", "test_damping.py"),
+    "the batch's own gradient for the average": Bug("optimizer.py", "self.preconditioner.gradient if averaged is None else averaged.get", "self.preconditioner.gradient", RATES),
+    "the average remembers what it looks ahead to": Bug("averaging.py", "like(average, parameter)", "like(ahead[parameter], parameter)", AVERAGING),
+    "an average that leads uphill goes on": Bug("optimizer.py", "if averaged is not None and not alpha:", "if False:", RATES),
+    "rates rise at once": Bug("averaging.py", "            latest = max(latest, math.sqrt(latest * self._pace[0]))\n", "            pass\n", AVERAGING),
+    "rates fall slowly": Bug("averaging.py", "max(latest, math.sqrt(latest * self._pace[0]))", "math.sqrt(latest * self._pace[0])", AVERAGING),
+    "windows of one length": Bug("averaging.py", "WINDOW * (float(self.state[\"step\"]) - count)", "0", AVERAGING),
+    "the rate of a metric that is gone": Bug("averaging.py", "or renewed or", "or", AVERAGING),
+    "the slope of the average for the batch's own": Bug("rates.py", "-step * own + bend / 2", "-step * slope + bend / 2", RATES),
+    "a stale average followed all the way": Bug("rates.py", "fresh = min(own / slope, 1.0)", "fresh = 1.0", RATES),
+    "factors of the latest batch alone": Bug("preconditioner.py", "AVERAGED_DECAY if self.averages else 0.0", "0.0", RATES),
+    "a given number averaged away": Bug("optimizer.py", "self.preconditioner.may_average = lr == momentum == \"auto\"", "self.preconditioner.may_average = True", RATES),
+    "data of the model that never grow": Bug("trust.py", "self.more * MORE if", "self.more if", TRUST),
+    "gradients averaged from the first step": Bug("trust.py", ' or float(self.state["step"]) < FIRST_STEPS', "", f"{TRUST} {RATES}"),
     "noise of some data for that of all": Bug("noise.py", "sample.data * lengths", "lengths", NOISE),
     "the largest eigenvalue counted": Bug("damping.py", "(diagonal.sum(-1) - largest) / (size - 1)", "diagonal.sum(-1) / size", "test_damping.py"),
     "a multiplied loss taken for the declared one": Bug("multiplier.py", "        if told:\n            loss = product / scaler\n", "", MULTIPLIER),
