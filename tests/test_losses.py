@@ -325,3 +325,35 @@ def test_logits_of_a_wrong_shape_are_refused() -> None:
         told(model(torch.randn(5, 3)), torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match=r"needs an output of shape \(N, 2, …\)"):
         blocks_of(stack([3, 4]), MeanVariance(), lambda m: m(torch.randn(5, 3)).sum())
+
+
+def test_classes_in_another_dimension_than_the_loss_has_them_are_refused() -> None:
+    """As after `cross_entropy(logits.flatten(0, 1), labels.flatten())`; the message's way out trains."""
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(9, (6, 5)), torch.randint(4, (6, 5))
+
+    def step(**options: Any) -> float:
+        model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4))
+        optimizer = natgrad.KFAC(model, "cross_entropy", **options)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    with pytest.raises(ValueError, match=r"has them in dimension 2.*`output=lambda out: out.movedim\(2, 1\)`"):
+        step()
+    assert step(output=lambda out: out.movedim(2, 1)) < 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 3), (7, 50, 4), (2, 3, 4, 5)])
+def test_gradients_of_a_cross_entropy_are_known_as_such(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Catches a refusal that rounding brings about; or half of the batch ignored."""
+    logits = torch.randn(shape, dtype=dtype).requires_grad_()
+    labels = torch.randint(shape[1], shape[:1] + shape[2:])
+    labels[: shape[0] // 2] = -100
+    (gradient,) = torch.autograd.grad(cross_entropy(logits, labels), logits)
+    natgrad.likelihoods.Categorical().check_gradient(gradient.float())
+    natgrad.likelihoods.Categorical().check_gradient(torch.zeros(shape))

@@ -237,7 +237,11 @@ class Batch:
 
         Raises:
             RuntimeError: for such a layer.
+            ValueError: at the first step, for a gradient at the output that is not that of the declared loss.
         """
+        latest, likelihood = self.latest, self.loss.likelihood
+        if latest is not None and latest.gradient is not None and latest.returned is None and likelihood and not step:
+            likelihood.check_gradient(latest.gradient)
         if step and not self.statistics:
             return  # the layer is used for the first time between two updates of the curvature
         captured = {name for name, _ in self.statistics}

@@ -30,6 +30,9 @@ from torch import Tensor
 from torch.nn import functional
 
 Reduction = Literal["mean", "sum", "batchmean"]
+# Sums of a gradient over its classes are zero up to rounding of half precision; over anything else they are not.
+# Relative to sums of absolute values.
+SAME, DIFFERENT = 0.02, 0.1
 
 
 class Likelihood(ABC):
@@ -108,6 +111,10 @@ class Likelihood(ABC):
                 f"{output.dtype} of shape {tuple(output.shape)}. Pass `output=` to natgrad to select the tensor that "
                 "the loss sees."
             )
+
+    def check_gradient(self, gradient: Tensor) -> None:
+        """Raise a ``ValueError`` when what arrived at the output, shaped like it, cannot be this loss's gradient."""
+        return  # without knowing the targets, most losses cannot tell
 
     def terms(self, output: Tensor) -> int:
         """What the reduction divides by; adds up when a batch is split."""
@@ -206,6 +213,18 @@ class Categorical(Likelihood):
                 f"{self!r} needs logits of shape (N, classes, …) with at least two classes, and the model returned "
                 f'{tuple(output.shape)}. For one logit per datum use loss="bce_with_logits"; to rearrange the output '
                 "as the loss sees it pass `output=`, for instance `output=lambda out: out.transpose(1, 2)`."
+            )
+
+    def check_gradient(self, gradient: Tensor) -> None:
+        """Refuse gradients that sum to zero over another dimension than that of the classes."""
+        sizes = [gradient.abs().sum(d).amax() for d in range(gradient.ndim)]
+        sums = [float(gradient.sum(d).abs().amax() / size) for d, size in enumerate(sizes)]
+        classes = min(range(2, gradient.ndim), key=lambda d: sums[d], default=1)
+        if sums[1] > DIFFERENT and sums[classes] < SAME:
+            raise ValueError(
+                f"{self!r} has its classes in dimension 1 of the output, of shape {tuple(gradient.shape)}, and the "
+                f"loss that was called has them in dimension {classes}. Tell natgrad how the loss sees the output: "
+                f"`output=lambda out: out.movedim({classes}, 1)`."
             )
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
