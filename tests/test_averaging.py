@@ -98,13 +98,26 @@ def test_it_is_measured_when_it_is_old_when_the_metric_is_new_and_when_steps_are
     assert one.due(2.0, renewed=False)
 
 
+def test_a_rate_lags_where_the_slope_has_become_no_smaller() -> None:
+    one = pace({})
+    assert one.lags(-1.01)  # it was −1 before the step
+    assert not one.lags(-0.99)
+
+
+def test_after_a_step_that_was_not_taken_the_rate_is_another_averages() -> None:
+    """Catches a rate that failed, and is taken untried along the next average; and one that the old rate holds back."""
+    one = pace({})
+    one.rest()
+    assert one.due(1e-9, renewed=False)
+    one.measure(2.0, 2e-3)
+    assert one.rate == pytest.approx(1e3)
+
+
 def test_a_step_that_had_to_be_halved_halves_the_rate() -> None:
     one = pace({})
     one.take(0.5, -1.0, -0.5)
     assert one.rate == 0.125
     assert one.promised == -0.5
-    one.rest()
-    assert one.promised == 0.0
 
 
 # Progress.

@@ -53,10 +53,13 @@ def test_noise_counts_by_the_square_of_what_is_not_half_confirmed() -> None:
 
 
 def test_averaged_gradients_have_lost_their_noise() -> None:
-    """It counts as where all is confirmed; whatever was eased before; and A is never left almost undamped."""
+    """It counts as where all is confirmed; whatever was eased before; and neither side is left almost undamped."""
     A, G = torch.diag(torch.tensor([92.0, 1.0, 3.0])), factors()[1]
     noisy, clean = (Evidence(ratio, 0.2, confirmed=0.1, ease=0.01, averaged=True) for ratio in (5.0, 0.05))
-    assert numbers(damping.automatic(A, G, noisy)) == pytest.approx((12.0, damping.AVERAGED_STIFFNESS * 0.2, 0.0))
+    own = damping.AVERAGED_STIFFNESS * float(G.diagonal().mean())
+    assert numbers(damping.automatic(A, G, noisy)) == pytest.approx((12.0, own, 0.0))
+    least = damping.AVERAGED_STIFFNESS * damping.LEAST_OWN * 0.2
+    assert numbers(damping.automatic(A, 0 * G, noisy)) == pytest.approx((12.0, least, 0.0))
     assert numbers(damping.automatic(A, G, clean))[0] == pytest.approx(damping.AVERAGED_LEAST * 32)
 
 

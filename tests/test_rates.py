@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import natgrad
 from kfac_cases import assert_same, values
 from natgrad import trust
-from natgrad.averaging import DECAY, Pace
+from natgrad.averaging import DECAY, EVERY, Pace
 from natgrad.factors import AVERAGED_DECAY
 from oracle import relative_error
 
@@ -101,6 +101,21 @@ def test_the_step_minimizes_the_dense_quadratic_model_along_the_average(kind: st
         assert Pace(optimizer.state[parameters[0]]).promised == pytest.approx(float(promised), rel=1e-5)
 
 
+def test_a_batch_that_is_asked_for_its_slope_is_no_witness() -> None:
+    """Those that go on falling are asked more often, so that they would confirm too much."""
+    optimizer, data = trained("mse", curvature_period=100, inverse_period=100)
+    first = optimizer.state[optimizer.preconditioner.layers[0].parameters[0]]
+    for number in range(EVERY + 2):
+        if number:
+            first["pace"][3] = 1e9  # the slope before the latest step: whatever is left is steeper
+        backward(optimizer, "mse", *next(data))
+        confirmed, measured = first["confirmed"].clone(), first["pace"][0].clone() if number else None
+        optimizer.step()
+        assert optimizer.diagnostics()["averaging"] == 1
+        assert first["pace"][0] != measured
+        assert (first["confirmed"] != confirmed) == (number in (0, EVERY))
+
+
 def test_an_average_that_leads_uphill_starts_anew() -> None:
     optimizer, data = trained("mse")
     x, y = next(data)
@@ -123,7 +138,7 @@ def test_gradients_are_averaged_where_targets_are_noise_and_only_there(kind: str
     """Noise, and then the same batch again and again, which confirms everything."""
     optimizer, data = natgrad.KFAC(network(), kind), noise(kind, 32)
     same, averaging = next(data), []
-    for step in range(80):
+    for step in range(120):
         backward(optimizer, kind, *(next(data) if step < 40 else same))
         optimizer.step()
         averaging.append(optimizer.diagnostics()["averaging"])

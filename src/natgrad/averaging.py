@@ -8,8 +8,8 @@ batch at hand as Nesterov does, before the metric P is applied to it. It takes t
 
 The exact quadratic model of the loss still tells the rate, α = f · uᵀΔ / ΔᵀFΔ, where uᵀΔ has far less noise in it than
 gᵀΔ. The inverse of this ratio, the *pace*, hardly changes from one average to the next. So it is measured only now and
-then: when inverses are new, when Δ has become much longer in its own metric, and otherwise at every eighth step. Rates
-fall at once and rise slowly.
+then: when inverses are new, when Δ has become much longer in its own metric, when the loss goes on falling along the
+latest step as fast as at its start, and otherwise at every eighth step. Rates fall at once and rise slowly.
 
 Where gᵀΔ < uᵀΔ the average is out of date: the step is shortened as much, and where gᵀΔ < 0 the average starts anew.
 
@@ -100,7 +100,7 @@ class Pace:
 
     Args:
         state: Of the first layer's first parameter: ``pace``, the inverse of the rate for f = 1, the number of steps
-            since it was measured, uᵀΔ at that time, and of the latest step its slope −α uᵀΔ and the change of the loss
+            since that was due, uᵀΔ at that time, and of the latest step its slope −α uᵀΔ and the change of the loss
             that it promised on its own batch; ``progress``, of the current window the number of steps, the sums of
             errors and of slopes that persisted, the mean error of the window before (0 if there was none), and f.
     """
@@ -143,13 +143,17 @@ class Pace:
         _, age, before, _, _ = self._pace
         return not self.known or renewed or age + 1 >= EVERY or slope > LONGER**2 * before
 
-    def measure(self, slope: float, curvature: float) -> None:
-        """Set the pace by uᵀΔ and ΔᵀFΔ."""
+    def lags(self, slope: float) -> bool:
+        """Whether the loss goes on falling as fast as before the latest step, with so much of a slope along it."""
+        return slope < self._pace[3]
+
+    def measure(self, slope: float, curvature: float, due: bool = True) -> None:
+        """Set the pace by uᵀΔ and ΔᵀFΔ, at a time when that was due or at another."""
         latest = max(curvature, TINY * slope) / slope
         if self.known:
             latest = max(latest, math.sqrt(latest * self._pace[0]))
-        # One step before the present one.
-        self._set("pace", [latest, -1.0, slope, *self._pace[3:]])
+        # Due: one step before the present one.
+        self._set("pace", [latest, -1.0 if due else self._pace[1], slope, *self._pace[3:]])
 
     def take(self, share: float, slope: float, promised: float) -> None:
         """Remember the step that is taken.
@@ -163,9 +167,9 @@ class Pace:
         self._set("pace", [pace / share, age + 1, before, slope, promised])
 
     def rest(self) -> None:
-        """Remember that no step is taken."""
+        """Remember that no step is taken, and measure anew for the next, whose average starts anew."""
         if self.known:
-            self.take(1.0, 0.0, 0.0)
+            self._set("pace", [0.0] * 5)
 
     def note(self, error: float, slope: float) -> None:
         """Follow the progress, once for each batch.

@@ -32,7 +32,8 @@ Where rates are given nothing is promised and noise is not measured, and no dire
 λ_A is at its upper bound.
 
 λ_G bounds how far the outputs of a layer move, where the loss is not quadratic in them. It is the same for every layer,
-as the small G of a layer on a plateau says nothing about how far it may go. Measured in ``docs/decisions.md``.
+as the small G of a layer on a plateau says nothing about how far it may go. Steps along averaged gradients are short,
+and there every layer goes by its own. Measured in ``docs/decisions.md``.
 """
 
 from collections.abc import Sequence
@@ -46,8 +47,9 @@ from torch import Tensor
 # Of `automatic`: the ridge in units of the one derived above, λ_G in units of the network's mean curvature of an
 # output.
 RIDGE, STIFFNESS = 30.0, 0.3
-# λ_G for averaged gradients, which change less from step to step.
-AVERAGED_STIFFNESS = 0.1
+# λ_G for averaged gradients, in units of the layer's own mean curvature, which counts for no less than so much of the
+# network's.
+AVERAGED_STIFFNESS, LEAST_OWN = 0.1, 0.01
 # So much of the noise counts, squared, even where all is confirmed: what overfits is confirmed by the same batch again.
 LEAST_DOUBT = 0.1
 # λ_A stays between these, in units of the mean eigenvalue of A: below, float32 inverts badly; above, A makes no
@@ -127,7 +129,9 @@ def _split(delta: float, A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
 def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
     """λ_A from noise and signal, λ_G from the curvature of the whole network; a single input needs no λ_A."""
     averaged, ease = evidence.averaged, 1.0 if evidence.averaged else evidence.ease
-    stiffness = (AVERAGED_STIFFNESS if averaged else STIFFNESS) * evidence.curvature * ease
+    stiffness: Tensor | float = STIFFNESS * evidence.curvature * ease
+    if averaged:
+        stiffness = AVERAGED_STIFFNESS * mean_diagonal(G).clamp(min=LEAST_OWN * evidence.curvature)
     if A.shape[-2] == 1:
         return Damping(0.0, stiffness)
     mean = mean_diagonal(A)

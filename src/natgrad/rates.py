@@ -104,16 +104,17 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     if not (own > 0 and slope > 0):
         pace.rest()
         return 0.0, told
-    fresh = min(own / slope, 1.0)
+    fresh, due = min(own / slope, 1.0), pace.due(slope, renewed)
     kept = 1.0
-    if pace.due(slope, renewed):
+    if due or pace.lags(back):
         directions = course.directions()
         M = multiplier.local.curvature(directions)
-        pace.measure(slope, float(M[0, 0]))
+        pace.measure(slope, float(M[0, 0]), due)
         b, c = torch.zeros(2, len(directions), dtype=torch.float64)
         b[0], b[1:], c[0] = -fresh * slope, back, fresh * pace.rate
         tried, tale = quadratic.shorten(multiplier.local, directions, b, M, c)
-        _look_back(multiplier, course, tale, promised)
+        # A batch that is asked for its slope is no witness of what others confirm.
+        _look_back(multiplier, course, tale, promised if due else 0.0)
         told |= tale
         kept = float(tried[0] / c[0])
     told |= {"confirmed": trust.confirmed, "ease": trust.ease}
