@@ -25,7 +25,7 @@ class Bug:
 
 LINEAR, KINDS, LOSSES = "test_linear_exactness.py", "test_layers_exactness.py", "test_losses.py"
 EKFAC, TOLD, MULTIPLIER, NOISE = "test_ekfac.py", "test_diagnostics.py", "test_multiplier.py", "test_noise.py"
-RESUME, GROUPS, COPIES = "test_resume.py", "test_groups.py", "test_copies.py"
+RESUME, GROUPS, COPIES, CHANGE = "test_resume.py", "test_groups.py", "test_copies.py", "test_quadratic_change.py"
 SAMPLE, TRUST, AVERAGING, RATES = "test_quadratic_sample.py", "test_trust.py", "test_averaging.py", "test_rates.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return (1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
@@ -103,6 +103,13 @@ BUGS = {
     "a given number averaged away": Bug("optimizer.py", "self.preconditioner.may_average = lr == momentum == \"auto\"", "self.preconditioner.may_average = True", RATES),
     "data of the model that never grow": Bug("trust.py", "self.more * MORE if", "self.more if", TRUST),
     "gradients averaged from the first step": Bug("trust.py", ' or float(self.state["step"]) < FIRST_STEPS', "", f"{TRUST} {RATES}"),
+    "a batch asked for its slope is a witness": Bug("rates.py", "promised if due else 0.0", "promised", RATES),
+    "a rate that failed is taken again": Bug("averaging.py", 'self._set("pace", [0.0] * 5)', "self.take(1.0, 0.0, 0.0)", AVERAGING),
+    "rates that never lag": Bug("averaging.py", "return slope < self._pace[3]", "return False", AVERAGING),
+    "dropout drawn anew": Bug("rerun.py", "chance = chance or Chance(model)", "chance = Chance(model)", CHANGE),
+    "dropout of some of the data": Bug("quadratic.py", " if forward.chance is None else forward.data", "", CHANGE),
+    "every pass takes its chances": Bug("chance.py", "return None if all(", "return None if False and all(", CHANGE),
+    "classes where they are not": Bug("likelihoods.py", "if sums[1] > DIFFERENT and", "if False and", LOSSES),
     "noise of some data for that of all": Bug("noise.py", "sample.data * lengths", "lengths", NOISE),
     "the largest eigenvalue counted": Bug("damping.py", "(diagonal.sum(-1) - largest) / (size - 1)", "diagonal.sum(-1) / size", "test_damping.py"),
     "a multiplied loss taken for the declared one": Bug("multiplier.py", "        if told:\n            loss = product / scaler\n", "", MULTIPLIER),

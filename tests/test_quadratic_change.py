@@ -13,6 +13,7 @@ import natgrad
 from cases import Loss, data_for, every_loss
 from natgrad import quadratic
 from natgrad.batch import shuffled
+from natgrad.chance import Chance
 from quadratic_cases import Direction, directions_of, network
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -30,11 +31,39 @@ def stepped(model: nn.Module, step: Direction) -> nn.Module:
     return moved
 
 
-def change_by_natgrad(model: nn.Module, told: Any, user: Callable[[nn.Module], Tensor], **options: Any) -> float:
-    """Of the loss, after a forward and backward pass of the user's with an optimizer's hooks."""
+def with_dropout() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def change_by_mask(
+    model: nn.Module, user: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, seed: int
+) -> float:
+    """Of the user's loss, with the mask that a seed draws."""
+    losses = []
+    for one in (model, stepped(model, step_of(model))):
+        torch.manual_seed(seed)
+        losses.append(user(one(x), y).item())
+    return losses[1] - losses[0]
+
+
+def change_by_natgrad(
+    model: nn.Module, told: Any, user: Callable[[nn.Module], Tensor], chance: Chance | None = None, **options: Any
+) -> float:
+    """Of the loss, after a forward and backward pass of the user's with an optimizer's hooks.
+
+    Args:
+        model: What has hooks.
+        told: The loss, as natgrad is told.
+        user: The loss of the model.
+        chance: Where the dropout is drawn from, if not from where the user's was.
+        **options: Of the optimizer.
+    """
     optimizer = natgrad.KFAC(model, told, **options)
     user(model).backward()
     optimizer.preconditioner.update()
+    if chance is not None:
+        optimizer.preconditioner.multiplier.forward.chance = chance
     with torch.no_grad():
         return optimizer.preconditioner.multiplier.local.change(step_of(model))
 
@@ -197,18 +226,31 @@ def test_change_leaves_buffers_parameters_and_chance_as_they_were() -> None:
     ids=["cross-entropy", "class weights, ignored", "positive weights", "Poisson", "squared error"],
 )
 def test_change_with_dropout_is_that_of_one_mask(told: Any, user: Any, target: Callable[[int], Tensor]) -> None:
-    """The mask of the evaluation is not the user's: the gradient must be carried over to the other output."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
-    clean, x, y = copy.deepcopy(model), torch.randn(6, 3), target(6)
-    optimizer = natgrad.KFAC(model, told)
-    user(model(x), y).backward()
+    """If the mask is not the user's, the gradient must be carried over to the other output."""
+    model, x, y = with_dropout(), torch.randn(6, 3), target(6)
+    expected = change_by_mask(copy.deepcopy(model), user, x, y, seed=7)
+    torch.manual_seed(7)
+    elsewhere = Chance(model)
+    torch.manual_seed(8)
+    actual = change_by_natgrad(model, told, lambda m: user(m(x), y), elsewhere)
+    assert actual == pytest.approx(expected, rel=1e-9)
+
+
+def test_change_with_dropout_is_that_of_the_users_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient is made for its mask: catches a step that is judged by another, or by some of the data alone."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 4)
+    model, x, y = with_dropout(), torch.randn(6, 3), classes_of(6)
+    expected = change_by_mask(copy.deepcopy(model), cross_entropy, x, y, seed=7)
+    torch.manual_seed(7)
+    actual = change_by_natgrad(model, "cross_entropy", lambda m: cross_entropy(m(x), y))
+    assert actual == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_pass_without_chance_needs_some_of_the_data_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a network in `eval` mode, or one without dropout, that pays for it."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", 4)
+    model, x, y = with_dropout().eval(), torch.randn(6, 3), classes_of(6)
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    cross_entropy(model(x), y).backward()
     optimizer.preconditioner.update()
-    state = torch.get_rng_state()
-    with torch.no_grad():
-        actual = optimizer.preconditioner.multiplier.local.change(step_of(model))
-    losses = []
-    for m in (clean, stepped(clean, step_of(clean))):
-        torch.set_rng_state(state)
-        losses.append(user(m(x), y))
-    assert actual == pytest.approx((losses[1] - losses[0]).item(), rel=1e-9)
+    assert not optimizer.preconditioner.multiplier.local.has_all

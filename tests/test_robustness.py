@@ -15,6 +15,7 @@ FAST = [
     ("sigmoid autoencoder, MSE", ("as it is", "inputs / 100", "inputs + 10", "twice as deep", *SAME)),
     ("tanh autoencoder, BCE", ("as it is", "inputs x 100", "twice as wide", *SAME)),
     ("tanh MLP, MSE", ("as it is", *SAME)),
+    ("ReLU MLP with dropout, cross-entropy", ("as it is", *SAME)),
     ("ReLU autoencoder, MSE", ("as it is", *SAME)),
 ]
 

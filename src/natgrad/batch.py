@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from natgrad.chance import Chance
 from natgrad.factors import Factors, Statistics, join
 from natgrad.layers import Layer, at_least_float32
 from natgrad.likelihoods import Likelihood
@@ -96,6 +97,7 @@ class Forward:
         key: Of that tensor, where the model returned several things.
         gradient: Of the user's loss with respect to ``returned`` or else ``output``, once it has arrived.
         seed: Of the order in which data are chosen, see :func:`shuffled`.
+        chance: The random streams before it, if it drew from them.
         multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
     """
 
@@ -109,6 +111,7 @@ class Forward:
     key: Any = None
     gradient: Tensor | None = None
     seed: int = 0
+    chance: Chance | None = None
     multiplier: Tensor | None = None
 
     def listen(self) -> None:

@@ -24,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from natgrad.batch import Batch, Call, Fisher, Forward, full_precision, is_there, one_position_each, shuffled, source
+from natgrad.chance import Chance
 from natgrad.distributed import World
 from natgrad.factors import Statistics, share_needed
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled, unwrap
@@ -78,6 +79,7 @@ class Capture:
         self.batch = Batch(loss, fisher)
         self._earlier: Batch | None = None  # of forwards whose backward pass is over
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
+        self._chance: Chance | None = None  # likewise
         self._waiting: Forward | None = None  # for the loss module to be called
         self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
         self._model, self._handles, self._uncompiled = model, list[RemovableHandle](), ExitStack()
@@ -173,7 +175,7 @@ class Capture:
             self._put_aside()
         self._drop_what_lost_its_gradient()
         self._calls = [] if torch.is_grad_enabled() else None
-        self._forward_seed = self._draw()
+        self._forward_seed, self._chance = self._draw(), Chance(module)
         if self.active:
             self._uncompiled.enter_context(uncompiled(module))
 
@@ -194,10 +196,10 @@ class Capture:
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], raw: Any) -> None:
         if not self.attached:
             return
-        calls, self._calls = self._calls, None
-        if calls is None or not (output := self.select(raw)).requires_grad:
+        calls, chance, self._calls, self._chance = self._calls, self._chance, None, None
+        if calls is None or chance is None or not (output := self.select(raw)).requires_grad:
             return
-        forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed)
+        forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed, chance=chance.if_drawn())
         if self.loss.module is None:
             if self.output is not None:
                 forward.key = source(raw, output)

@@ -68,7 +68,9 @@ class LocalModel:
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
         self.ranks = ranks or Ranks()
-        self.size = min(round(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data)), forward.data)
+        enough = round(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data))
+        # Only all data together draw the dropout that they drew before.
+        self.size = min(enough, forward.data) if forward.chance is None else forward.data
         self.chosen: slice | Tensor = slice(None)
         self.emphasis = torch.ones(self.size, device=forward.output.device)
         if self.size < forward.data:
@@ -148,7 +150,7 @@ class LocalModel:
 
     def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The tensor whose gradient was noted, and the one that the loss sees."""
-        raw = rerun(self.model, {**self._gathered, **parameters}, self.args, self.kwargs)
+        raw = rerun(self.model, {**self._gathered, **parameters}, self.args, self.kwargs, self.forward.chance)
         output = at_least_float32(self.rearrange(self.select(raw)))
         if self.forward.returned is None:
             return output, output

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from natgrad.batch import Call, Forward
+from natgrad.chance import Chance
 from natgrad.distributed import is_sharded, shards_left_alone
 from natgrad.layers import uncompiled
 from natgrad.losses import Weights
@@ -24,15 +25,29 @@ SHARE = 1 / 4
 SAME = 0.01
 
 
-def rerun(model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def rerun(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    chance: Chance | None = None,
+) -> Any:
     """What the model returns with ``tensors`` in the place of its parameters of these names.
 
-    Its buffers and the random stream stay as they are, so that dropout is the same every time.
+    Its buffers and the random streams stay as they are, so that dropout is the same every time.
+
+    Args:
+        model: The module.
+        tensors: By the names of parameters.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        chance: Where its random streams begin, if not as they are now.
     """
     # Copies made in here may be written to under differentiation; captured ones may not.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = {tensor.device for tensor in (*model.parameters(), *buffers.values()) if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), shards_left_alone(model), uncompiled(model):
+    chance = chance or Chance(model)
+    with torch.random.fork_rng(chance.devices), shards_left_alone(model), uncompiled(model):
+        chance.restore()
         return functional_call(model, {**tensors, **buffers}, args, kwargs)
 
 
