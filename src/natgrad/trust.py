@@ -32,7 +32,7 @@ LEAST = 0.003
 LEAST_RATE = 1e-6  # of a step that was not taken
 # Gradients are averaged once less than LITTLE is confirmed, and until more than MUCH is; not at the first steps, which
 # are too long to be foreseen.
-LITTLE, MUCH, FIRST_STEPS = 0.35, 0.7, 8
+LITTLE, MUCH, FIRST_STEPS = 0.5, 0.7, 8
 # A step that had to be shortened on the model's data was misjudged: so many times more of them, and ever fewer then.
 MORE, FEWER = 2.0, 0.95
 
