@@ -7,7 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import averaging
-from natgrad.averaging import DECAY, EVERY, GAIN, LONGER, PERSISTENT, SHORTEST_WINDOW, SHRINK, WINDOW, Averages, Pace
+from natgrad.averaging import (
+    DECAY,
+    EVERY,
+    GAIN,
+    LONGER,
+    PERSISTENT,
+    RISE,
+    SHORTEST_WINDOW,
+    SHRINK,
+    WINDOW,
+    Averages,
+    Pace,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -75,12 +87,14 @@ def test_the_rate_minimizes_the_quadratic_model() -> None:
 
 
 def test_rates_fall_at_once_and_rise_slowly() -> None:
-    """By the geometric mean: catches an average that a short step has to wait for."""
-    steeper, flatter = pace({}), pace({})
+    """By the geometric mean: catches an average that a short step has to wait for. And never by more than RISE."""
+    steeper, flatter, flat = pace({}), pace({}), pace({})
     steeper.measure(2.0, 32.0)
-    flatter.measure(2.0, 2.0)
+    flatter.measure(2.0, 4.0)
+    flat.measure(2.0, 1e-6)
     assert steeper.rate == 1 / 16
-    assert flatter.rate == pytest.approx(0.5)
+    assert flatter.rate == pytest.approx(0.25 * 2**0.5)
+    assert flat.rate == 0.25 * RISE
 
 
 def test_a_direction_without_curvature_has_a_rate() -> None:

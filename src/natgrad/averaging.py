@@ -35,6 +35,8 @@ from natgrad.layers import at_least_float32
 DECAY = 0.9
 # Steps between two measurements of the pace at most, and how much longer Δ may become until the next.
 EVERY, LONGER = 8, 2.0
+# A rate becomes no more times larger at once: where all data are learnt by heart there is hardly any curvature left.
+RISE = 2.0
 # A window is this share of the steps before it, and no fewer than so many steps.
 WINDOW, SHORTEST_WINDOW = 0.25, 8
 # Error must fall by this share from one window to the next, or f by SHRINK; f grows where more than PERSISTENT of the
@@ -151,7 +153,7 @@ class Pace:
         """Set the pace by uᵀΔ and ΔᵀFΔ, at a time when that was due or at another."""
         latest = max(curvature, TINY * slope) / slope
         if self.known:
-            latest = max(latest, math.sqrt(latest * self._pace[0]))
+            latest = max(latest, math.sqrt(latest * self._pace[0]), self._pace[0] / RISE)
         # Due: one step before the present one.
         self._set("pace", [latest, -1.0 if due else self._pace[1], slope, *self._pace[3:]])
 
