@@ -1,6 +1,6 @@
 """Training with nothing set but model and loss, under everything that users vary without telling an optimizer.
 
-`python tests/robustness_cases.py` runs all of it on five seeds, about an hour, and writes the table
+`python tests/robustness_cases.py` runs all of it on five seeds, about half an hour, and writes the table
 `benchmarks/results/robustness.md`.
 """
 

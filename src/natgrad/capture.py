@@ -174,8 +174,8 @@ class Capture:
         if self.batch.latest is not None and self.batch.latest.gradient is not None:
             self._put_aside()
         self._drop_what_lost_its_gradient()
-        self._calls = [] if torch.is_grad_enabled() else None
-        self._forward_seed, self._chance = self._draw(), Chance(module)
+        self._calls, self._chance = ([], Chance(module)) if torch.is_grad_enabled() else (None, None)
+        self._forward_seed = self._draw()
         if self.active:
             self._uncompiled.enter_context(uncompiled(module))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from natgrad.batch import Call, Forward
-from natgrad.chance import Chance
+from natgrad.chance import Chance, accelerators
 from natgrad.distributed import is_sharded, shards_left_alone
 from natgrad.layers import uncompiled
 from natgrad.losses import Weights
@@ -45,9 +45,9 @@ def rerun(
     """
     # Copies made in here may be written to under differentiation; captured ones may not.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    chance = chance or Chance(model)
-    with torch.random.fork_rng(chance.devices), shards_left_alone(model), uncompiled(model):
-        chance.restore()
+    with torch.random.fork_rng(accelerators(model)), shards_left_alone(model), uncompiled(model):
+        if chance is not None:
+            chance.restore()
         return functional_call(model, {**tensors, **buffers}, args, kwargs)
 
 

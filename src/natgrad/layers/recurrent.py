@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from natgrad.chance import Chance
 from natgrad.layers.base import Layer, Recorder, register
 from natgrad.layers.linear import LinearLayer
 
@@ -121,11 +122,11 @@ class _Replay:
 
     def __init__(self, layer: RecurrentLayer, recorder: Recorder) -> None:
         self.name, self.layers, self.recorder = layer.name.rpartition(".")[0], layer.everything, recorder
-        self.random_state = torch.empty(0)
+        self.chance: Chance | None = None
 
     def before(self, module: nn.RNNBase, args: tuple[Any, ...]) -> None:
         if self.recorder.active and self._draws(module):
-            self.random_state = torch.get_rng_state()
+            self.chance = Chance(module)
 
     def after(self, module: nn.RNNBase, args: Any, kwargs: Any, z: Any) -> tuple[Tensor, Tensor | State] | None:
         if not self.recorder.active:
@@ -137,8 +138,8 @@ class _Replay:
                 f"layer {self.name!r} got {got}: natgrad needs a padded batch of shape (N, S, in) or (S, N, in); use "
                 "`pad_packed_sequence`, or `unsqueeze` the missing dimension."
             )
-        if self._draws(module):
-            torch.set_rng_state(self.random_state)  # the module's own draw again, so that the stream goes on as it did
+        if self.chance is not None and self._draws(module):
+            self.chance.restore()  # the module's own draw again, so that the stream goes on as it did
         output, state = self._run(module, x if module.batch_first else x.transpose(0, 1), given)
         return output if module.batch_first else output.transpose(0, 1), state
 
