@@ -26,7 +26,7 @@ there, their scale is not known: it is taken between the mean eigenvalue with th
 
 But data whose gradients differ may still ask for the same step. Whether they do is seen when the next batch has come
 (:mod:`natgrad.trust`): as far as it does not confirm half of what a step promised, the noise counts, by the square.
-Gradients that are averaged over batches have lost most of their noise, so that it counts no more than where all is
+Gradients that are averaged over batches have lost most of their noise, so that it counts even less than where all is
 confirmed.
 Where rates are given nothing is promised and noise is not measured, and no direction of little curvature is trusted:
 λ_A is at its upper bound.
@@ -51,7 +51,8 @@ RIDGE, STIFFNESS = 30.0, 0.3
 # network's.
 AVERAGED_STIFFNESS, LEAST_OWN = 0.1, 0.01
 # So much of the noise counts, squared, even where all is confirmed: what overfits is confirmed by the same batch again.
-LEAST_DOUBT = 0.1
+# Of averaged gradients less, as they have less of it.
+LEAST_DOUBT, AVERAGED_DOUBT = 0.2, 0.1
 # λ_A stays between these, in units of the mean eigenvalue of A: below, float32 inverts badly; above, A makes no
 # difference any more, and layers with little evidence would only stand still beside the others.
 LEAST, MOST = 1e-3, 5.0
@@ -135,7 +136,7 @@ def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
     if A.shape[-2] == 1:
         return Damping(0.0, stiffness)
     mean = mean_diagonal(A)
-    doubt = LEAST_DOUBT if averaged else max(1 - 2 * evidence.confirmed, LEAST_DOUBT)
+    doubt = AVERAGED_DOUBT if averaged else max(1 - 2 * evidence.confirmed, LEAST_DOUBT)
     ridge = RIDGE * ease * evidence.noise_to_signal * doubt**2 * (mean * mean_without_largest(A)).sqrt()
     least = AVERAGED_LEAST if averaged else LEAST
     return Damping(ridge.clamp(least * mean, MOST * mean), stiffness)
