@@ -44,6 +44,23 @@ def test_total_and_noise_are_those_of_the_data(inverse: str, shape: tuple[int, .
         torch.testing.assert_close(told, expected, rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("blocks", [(), (3,)])
+def test_a_few_data_stand_for_all(blocks: tuple[int, ...]) -> None:
+    """Exactly where lengths go with |g|², nearly elsewhere, and for data that dominate; few data stay what they are."""
+    torch.manual_seed(0)
+    x, g = torch.randn(*blocks, 400, 2, 5), torch.randn(*blocks, 400, 2, 4)
+    g *= torch.randn(400, 1, 1).square()  # a heavy tail
+    g[..., 7, :, :] = 200 * g.square().sum().sqrt() / 400
+    few_x, few_g = noise.representatives(x, g)
+    assert few_g.shape == (*blocks, noise.ENOUGH, 2, 4)
+    torch.testing.assert_close(few_g.square().sum(), g.square().sum(), rtol=1e-10, atol=0)
+    lengths = [(gs.mT @ xs).square().sum() for xs, gs in ((x, g), (few_x, few_g))]
+    torch.testing.assert_close(lengths[1], lengths[0], rtol=0.1, atol=0)
+    same = noise.representatives(x[..., : noise.ENOUGH, :, :], g[..., : noise.ENOUGH, :, :])
+    assert torch.equal(same[1], g[..., : noise.ENOUGH, :, :])
+    assert not noise.representatives(x, 0 * g)[1].any()
+
+
 @pytest.mark.parametrize("case", ["few positions", "many positions", "padded embedding", "wide embedding", "grouped"])
 def test_lengths_are_those_of_the_solutions(case: str) -> None:
     """Catches a form of the lengths that holds for few positions, dense factors or distinct tokens only."""

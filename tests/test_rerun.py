@@ -104,6 +104,45 @@ def test_where_data_meet_or_chance_decides_the_whole_pass_counts(
         assert torch.equal(one, same)
 
 
+class Positions(nn.Module):
+    """Embedded data and, as in a transformer, the same positions for all of them."""
+
+    def __init__(self, flattens: bool = False) -> None:
+        super().__init__()
+        self.embed, self.position, self.head = nn.Linear(6, 4), nn.Embedding(3, 4), nn.Linear(4, 2)
+        self.flattens = flattens
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x) + self.position(torch.arange(3))
+        out: Tensor = self.head(h.flatten(0, 1) if self.flattens else h).reshape(len(x), 3, 2)
+        return out
+
+
+def test_positions_that_all_data_share_get_from_a_few_of_them_what_all_would_send() -> None:
+    """In expectation: vectors of different data are independent, so that squares add up. Catches G of a few alone."""
+    torch.manual_seed(0)
+    model = Positions()
+    seen = sizes_seen(model)
+    _, G = gathered(model, "mse", lambda f: mse_loss(f, torch.ones_like(f)), mc_samples=4000)[2:4]
+    assert seen == [DATA, KEPT]
+    W = model.head.weight.detach()
+    torch.testing.assert_close(G, W.mT @ W, rtol=0, atol=0.05 * float(torch.linalg.matrix_norm(W) ** 2))
+
+
+@pytest.mark.parametrize(
+    "build", [partial(Positions, flattens=True), lambda: nn.Sequential(nn.Linear(6, 2), nn.Dropout())]
+)
+def test_a_part_that_did_not_stand_for_its_pass_is_not_tried_again(build: Callable[[], nn.Module]) -> None:
+    """Neither where rows are several of each datum, which no longer tell whose they are, nor where chance decides."""
+    model = build()
+    seen = sizes_seen(model)
+    preconditioner = natgrad.Preconditioner(model, "mse", batch_fraction=FRACTION, damping=1.0, curvature_period=1)
+    for _ in range(2):
+        model(torch.randn(DATA, 3, 6)).square().mean().backward()
+        preconditioner.step()
+    assert seen == [DATA, KEPT, DATA]
+
+
 def test_a_model_for_one_size_of_batch_and_an_unfit_loss_input_go_through_the_whole_pass() -> None:
     """One would raise, the other would take some rows of the loss's input for data."""
     torch.manual_seed(0)

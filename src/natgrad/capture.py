@@ -72,8 +72,9 @@ class Capture:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.output, self.seed = batch_fraction, output, seed
         self.world = world or World()
-        self.sampling = False  # whether the user's own gradients of some data are kept as well
         self.attached = self.enabled = True
+        self.sampling = False  # whether the user's own gradients of some data are kept as well
+        self._has_parts = fisher in ("mc", "exact")  # until a part of a pass turns out not to stand for it
         self.step = self._forward_seed = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
         self.batch = Batch(loss, fisher)
@@ -275,8 +276,7 @@ class Capture:
 
     def _part(self, forward: Forward) -> Forward:
         """A pass of the data alone that enter the factors, where that is cheaper and comes to the same; else all."""
-        chosen = few(forward) if self.fisher in ("mc", "exact") else None
-        if chosen is None:
+        if not self._has_parts or (chosen := few(forward, self.fisher == "mc")) is None:
             return forward
         self._calls, self.attached = [], False  # the hooks on the layers work alone, and for us
         try:
@@ -284,7 +284,8 @@ class Capture:
             calls = self._calls
         finally:
             self._calls, self.attached = None, True
-        return part if part is not None and stands_for(part, self._uses(calls), forward, chosen) else forward
+        self._has_parts = part is not None and stands_for(part, self._uses(calls), forward, chosen)
+        return part if self._has_parts and part is not None else forward
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
         """Calls whose rows are one row's positions: with ``"reduce"`` those of one layer, else each by itself.
@@ -366,8 +367,7 @@ class Capture:
         if z.ndim < 2 or n == 0 or not self.attached:
             return slice(None), 1.0
         if self.batch_fraction == "auto":
-            rows = z.numel() // (layer.shape[0] * (layer.blocks or 1))
-            share = share_needed(rows * self.world.size, max(layer.shape))
+            share = share_needed(z.numel() // layer.channels * self.world.size, max(layer.shape))
             kept = math.ceil(share * n - 1e-6)  # one row too few would be averaged over steps
         else:
             kept = max(1, round(self.batch_fraction * n))

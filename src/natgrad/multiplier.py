@@ -33,7 +33,7 @@ from natgrad.quadratic import HALVINGS, LocalModel
 from natgrad.trust import Trust
 
 # The targets are looked at in so many data at most, in fewer if these have so many entries, and in some of these.
-DATA, LOOKED_AT, ENTRIES = 64, 2**16, 4096
+DATA, LOOKED_AT, ENTRIES = 64, 2**14, 4096
 # The largest ratios are S s if what they are divided by differs so many times more than they do, and by so much at
 # least: soft targets, of share q of the reach, would show up to the error q.
 EVIDENCE, VARIETY = 10.0, 0.01

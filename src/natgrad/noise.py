@@ -20,6 +20,8 @@ from natgrad.layers import Layer
 
 # Of the running average; and the least share of signal that is believed, as no finite number of steps can show less.
 DECAY, LEAST_SIGNAL = 0.7, 1e-3
+# Data whose lengths are computed.
+ENOUGH = 64
 State = dict[str, Tensor]
 
 
@@ -41,10 +43,31 @@ def measure(
     for sample in samples:
         rows = sample.rows()
         if rows is not None:
-            lengths = inverse.lengths(state, sample.layer, *rows)
+            lengths = inverse.lengths(state, sample.layer, *representatives(*rows))
             energy = energy + sample.data * lengths / (rows[1].shape[-3] * scaler**2)
     total = torch.sum(inverse.solve(state, V) * V)
     return torch.stack([total, energy, total.new_tensor(data)])
+
+
+def representatives(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of fewer data that stand for all of them: their gradients have the same squared lengths in total.
+
+    Data are drawn in proportion to |g|², at equal distances, so that those whose gradients dominate are all there, and
+    count for as many as they stand for.
+
+    Args:
+        x: Rows of the input, ([B,] N, S, in).
+        g: Rows of the gradient, ([B,] N, S, out).
+    """
+    data = g.shape[-3]
+    sizes = torch.linalg.vector_norm(g.double(), dim=[d for d in range(-g.ndim, 0) if d != -3]).square()
+    upto = sizes.cumsum(0)
+    if data <= ENOUGH or not upto[-1] > 0:
+        return x, g
+    places = (torch.arange(ENOUGH, dtype=upto.dtype, device=upto.device) + 0.5) / ENOUGH
+    chosen = torch.searchsorted(upto, places * upto[-1]).clamp(max=data - 1)
+    counts = upto[-1] / (ENOUGH * sizes[chosen])
+    return x.index_select(-3, chosen), g.index_select(-3, chosen) * counts.sqrt().to(g.dtype).reshape(-1, 1, 1)
 
 
 def split(measured: Tensor) -> Tensor | None:

@@ -60,13 +60,19 @@ def subsample(forward: Forward, chosen: slice | Tensor) -> tuple[tuple[Any, ...]
     return tuple(map(take, forward.args)), {key: take(value) for key, value in forward.kwargs.items()}
 
 
-def few(forward: Forward) -> Tensor | None:
-    """The data that enter any factor, if they are so few that it pays to run the model on them alone."""
+def few(forward: Forward, independent: bool) -> Tensor | None:
+    """The data that enter any factor, if they are so few that it pays to run the model on them alone.
+
+    Args:
+        forward: The pass of all data.
+        independent: Whether the vectors to be sent back are, from datum to datum. Then rows that all data share, as
+            those of positions, get as much from a few of them as from all, but for a factor.
+    """
     calls = [call for use in forward.uses for call in use]
-    drawn = [call.data for call in calls if isinstance(call.data, Tensor)]
+    own = [call for call in calls if _is_of_data(call, forward)]
     # Those of one call are the first of those of another, as long as both were drawn among the data.
-    of_the_data = all(round(len(call.x) * call.upscale) == forward.data for call in calls)
-    if not calls or len(drawn) < len(calls) or not of_the_data:
+    drawn = [call.data for call in own if isinstance(call.data, Tensor)]
+    if not drawn or len(drawn) < len(own) or not (independent or len(own) == len(calls)):
         return None
     if forward.seen is not None and forward.seen is not forward.output:
         return None
@@ -112,7 +118,21 @@ def stands_for(part: Forward, uses: list[list[Call]], whole: Forward, chosen: Te
     if not torch.linalg.vector_norm(output - expected) <= tolerance * torch.linalg.vector_norm(expected):
         return False
     for call, before in zip(mine, theirs, strict=True):
-        kept = len(before.x)
-        call.x, call.data, call.upscale = call.x[:kept], slice(kept), before.upscale
+        if _is_of_data(before, whole):
+            call.data, call.upscale = slice(len(before.x)), before.upscale
+        elif len(call.x) == _rows(before):
+            call.data, call.upscale = before.data, before.upscale * whole.data / len(chosen)
+        else:  # rows of the data after all, several of each
+            return False
+        call.x = call.x[call.data]
     part.uses = uses
     return True
+
+
+def _rows(call: Call) -> int:
+    """How many rows there were, of which some enter the factors."""
+    return round(len(call.x) * call.upscale)
+
+
+def _is_of_data(call: Call, forward: Forward) -> bool:
+    return _rows(call) == forward.data

@@ -138,6 +138,11 @@ class Layer(ABC):
         """(out, in [+ 1]): the sizes of G and A."""
 
     @property
+    def channels(self) -> int:
+        """Number of entries of a reported output for each datum and position."""
+        return self.shape[0] * (self.blocks or 1)
+
+    @property
     def diagonal(self) -> tuple[bool, bool]:
         """Whether G and A are kept as diagonals."""
         out, width = self.shape

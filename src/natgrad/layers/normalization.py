@@ -74,6 +74,11 @@ class ScaleShiftLayer(Layer):
         """(number of parameters a block, 1)."""
         return len(self.parameters) * (self.parameters[0].numel() if self.blocks is None else 1), 1
 
+    @property
+    def channels(self) -> int:
+        """Each has its γ and β."""
+        return self.parameters[0].numel()
+
 
 def _trainable(parameter: object) -> list[nn.Parameter]:
     return [parameter] if isinstance(parameter, nn.Parameter) and parameter.requires_grad else []
