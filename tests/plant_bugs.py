@@ -102,6 +102,7 @@ BUGS = {
     "a stale average followed all the way": Bug("rates.py", "min(own / slope, 1.0)", "1.0", RATES),
     "factors of the latest batch alone": Bug("preconditioner.py", "AVERAGED_DECAY if self.averages else 0.0", "0.0", RATES),
     "a given number averaged away": Bug("optimizer.py", "self.preconditioner.may_average = lr == momentum == \"auto\"", "self.preconditioner.may_average = True", RATES),
+    "more data for a loss that is not quadratic": Bug("trust.py", "if halvings and doubtful and", "if halvings and", TRUST),
     "data of the model that never grow": Bug("trust.py", "self.more * MORE if", "self.more if", TRUST),
     "gradients averaged from the first step": Bug("trust.py", ' or float(self.state["step"]) < FIRST_STEPS', "", f"{TRUST} {RATES}"),
     "a batch asked for its slope is a witness": Bug("rates.py", "promised if due else 0.0", "promised", RATES),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import natgrad
@@ -86,8 +86,16 @@ def test_gradients_are_averaged_once_little_is_confirmed_and_until_much_is() -> 
     assert not Trust({**once, "confirmed": much}).averages
 
 
+@pytest.mark.parametrize("state", [{}, {"confirmed": torch.tensor([0.9])}])
+def test_a_step_too_long_for_a_loss_that_other_data_confirm_asks_for_no_more_of_them(state: dict[str, Tensor]) -> None:
+    """It is the loss that is not quadratic so far. Catches a model of four times the cost on a plateau."""
+    kept = Trust(state)
+    kept.tried(halvings=2, had_all=False)
+    assert kept.more == 1.0
+
+
 def test_a_misjudged_step_asks_for_more_data_and_ever_fewer_then() -> None:
-    kept = Trust({})
+    kept = Trust({"confirmed": torch.tensor([0.1])})
     assert kept.more == 1.0
     kept.tried(halvings=2, had_all=False)
     kept.tried(halvings=1, had_all=False)

@@ -33,7 +33,8 @@ LEAST_RATE = 1e-6  # of a step that was not taken
 # Gradients are averaged once less than LITTLE is confirmed, and until more than MUCH is; not at the first steps, which
 # are too long to be foreseen.
 LITTLE, MUCH, FIRST_STEPS = 0.5, 0.7, 8
-# A step that had to be shortened on the model's data was misjudged: so many times more of them, and ever fewer then.
+# A step that had to be shortened on the model's data, where others confirm little, was misjudged for want of data: so
+# many times more of them, and ever fewer then. Elsewhere it was the loss that is not quadratic so far.
 MORE, FEWER = 2.0, 0.95
 
 
@@ -68,8 +69,9 @@ class Trust:
         return float(self.state["more"]) if "more" in self.state else 1.0
 
     def tried(self, halvings: int, had_all: bool) -> None:
-        """Note how often a step was halved on the model's data, and whether there are no more of them."""
-        more = self.more * MORE if halvings and not had_all else max(1.0, self.more * FEWER)
+        """Note how often a step was halved on the model's data, and whether those were all that there are."""
+        doubtful = "confirmed" in self.state and self.confirmed < LITTLE
+        more = self.more * MORE if halvings and doubtful and not had_all else max(1.0, self.more * FEWER)
         self.state["more"] = torch.tensor([more])
 
     @property
