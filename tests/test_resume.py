@@ -245,6 +245,17 @@ def test_state_hooks_see_and_change_what_is_saved_and_loaded() -> None:
     assert torch.equal(seen[1], 2 * values(old)["0.weight.velocity"])
 
 
+def test_the_state_of_another_version_is_refused_and_named() -> None:
+    """Numbers in another order would be taken for what they are not."""
+    optimizer, new = natgrad.KFAC(network(), "mse"), natgrad.KFAC(network(), "mse")
+    train(optimizer, 0)
+    saved = optimizer.state_dict()
+    saved["state"][0] = {**saved["state"][0], "ease": torch.ones(4)}
+    with pytest.raises(ValueError, match="another version of natgrad: 'ease' of layer '0' holds 4 numbers, not 5"):
+        new.load_state_dict(saved)
+    assert new.preconditioner.steps == 0
+
+
 def test_files_are_read_without_trust() -> None:
     optimizer = natgrad.KFAC(network(), "mse")
     train(optimizer, 0)

@@ -110,6 +110,12 @@ def check(layers: Sequence[Layer], given: Mapping[str, Mapping[str, Tensor]]) ->
                 f"the state belongs to another model: layer {name!r} has factors G, A of sizes {ours[name].shape}, "
                 f"the state {sizes}."
             )
+        for key in OF_ALL.keys() & tensors.keys():
+            if tensors[key].numel() != OF_ALL[key]:
+                raise ValueError(
+                    f"the state was saved by another version of natgrad: {key!r} of layer {name!r} holds "
+                    f"{tensors[key].numel()} numbers, not {OF_ALL[key]}. Load the model alone; natgrad starts anew."
+                )
 
 
 def carry_over(state: MutableMapping[Tensor, dict[str, Any]], before: Sequence[Layer], after: Sequence[Layer]) -> None:
