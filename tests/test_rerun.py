@@ -143,6 +143,17 @@ def test_a_part_that_did_not_stand_for_its_pass_is_not_tried_again(build: Callab
     assert seen == [DATA, KEPT, DATA]
 
 
+def test_a_part_that_once_stood_for_its_pass_is_tried_again_after_a_pass_that_overflowed() -> None:
+    model = nn.Linear(6, 2)
+    seen = sizes_seen(model)
+    preconditioner = natgrad.Preconditioner(model, "mse", batch_fraction=FRACTION, damping=1.0, curvature_period=1)
+    for scale in (1.0, float("inf"), 1.0):
+        model(scale * torch.randn(DATA, 6)).square().mean().backward()
+        preconditioner.step()
+        model.zero_grad()
+    assert seen == 3 * [DATA, KEPT]
+
+
 def test_a_model_for_one_size_of_batch_and_an_unfit_loss_input_go_through_the_whole_pass() -> None:
     """One would raise, the other would take some rows of the loss's input for data."""
     torch.manual_seed(0)

@@ -74,7 +74,7 @@ class Capture:
         self.world = world or World()
         self.attached = self.enabled = True
         self.sampling = False  # whether the user's own gradients of some data are kept as well
-        self._has_parts = fisher in ("mc", "exact")  # until a part of a pass turns out not to stand for it
+        self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
         self.step = self._forward_seed = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
         self.batch = Batch(loss, fisher)
@@ -276,16 +276,16 @@ class Capture:
 
     def _part(self, forward: Forward) -> Forward:
         """A pass of the data alone that enter the factors, where that is cheaper and comes to the same; else all."""
-        if not self._has_parts or (chosen := few(forward, self.fisher == "mc")) is None:
+        if self._has_parts is False or (chosen := few(forward, self.fisher == "mc")) is None:
             return forward
         self._calls, self.attached = [], False  # the hooks on the layers work alone, and for us
         try:
-            part = again(unwrap(self._model), forward, chosen, self.select)
-            calls = self._calls
+            part, calls = again(unwrap(self._model), forward, chosen, self.select), self._calls
         finally:
             self._calls, self.attached = None, True
-        self._has_parts = part is not None and stands_for(part, self._uses(calls), forward, chosen)
-        return part if self._has_parts and part is not None else forward
+        part = part if part is not None and stands_for(part, self._uses(calls), forward, chosen) else None
+        self._has_parts = self._has_parts or part is not None
+        return part or forward
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
         """Calls whose rows are one row's positions: with ``"reduce"`` those of one layer, else each by itself.

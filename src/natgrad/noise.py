@@ -16,7 +16,7 @@ from torch import Tensor
 
 from natgrad.batch import Sample
 from natgrad.inverses import Inverse
-from natgrad.layers import Layer
+from natgrad.layers import Layer, at_least_float32
 
 # Of the running average; and the least share of signal that is believed, as no finite number of steps can show less.
 DECAY, LEAST_SIGNAL = 0.7, 1e-3
@@ -59,15 +59,15 @@ def representatives(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         x: Rows of the input, ([B,] N, S, in).
         g: Rows of the gradient, ([B,] N, S, out).
     """
-    data = g.shape[-3]
-    sizes = torch.linalg.vector_norm(g.double(), dim=[d for d in range(-g.ndim, 0) if d != -3]).square()
-    upto = sizes.cumsum(0)
-    if data <= ENOUGH or not upto[-1] > 0:
+    data, g = g.shape[-3], at_least_float32(g)
+    if data <= ENOUGH:
         return x, g
+    sizes = torch.linalg.vector_norm(g, dim=[d for d in range(-g.ndim, 0) if d != -3]).square()
+    upto = sizes.cumsum(0)
     places = (torch.arange(ENOUGH, dtype=upto.dtype, device=upto.device) + 0.5) / ENOUGH
     chosen = torch.searchsorted(upto, places * upto[-1]).clamp(max=data - 1)
-    counts = upto[-1] / (ENOUGH * sizes[chosen])
-    return x.index_select(-3, chosen), g.index_select(-3, chosen) * counts.sqrt().to(g.dtype).reshape(-1, 1, 1)
+    counts = (upto[-1] / (ENOUGH * sizes[chosen])).nan_to_num(0.0)  # where there is no gradient at all
+    return x.index_select(-3, chosen), g.index_select(-3, chosen) * counts.sqrt().reshape(-1, 1, 1)
 
 
 def split(measured: Tensor) -> Tensor | None:
