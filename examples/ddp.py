@@ -38,6 +38,7 @@ def main() -> None:
         dist.all_reduce(mean)
         if rank == 0:
             print(f"step {step:2d}  loss {float(mean):.3f}  traffic {optimizer.diagnostics()['traffic']:.0f} B")
+    dist.barrier()  # no rank leaves while another still writes
     dist.destroy_process_group()
 
 
