@@ -109,7 +109,7 @@ BUGS = {
     "a rate that failed is taken again": Bug("averaging.py", 'self._set("pace", [0.0] * 5)', "self.take(1.0, 0.0, 0.0)", AVERAGING),
     "rates that never lag": Bug("averaging.py", "return slope < self._pace[3]", "return False", AVERAGING),
     "gradients at shared rows not scaled up from few data": Bug("rerun.py", "call.data, call.upscale = before.data, before.upscale * whole.data / len(chosen)", "call.data, call.upscale = before.data, before.upscale", "test_rerun.py"),
-    "several rows of a datum taken for shared ones": Bug("rerun.py", "elif len(call.x) == _rows(before):", "elif True:", "test_rerun.py"),
+    "several rows of a datum taken for shared ones": Bug("rerun.py", "elif len(call.x) == before.rows:", "elif True:", "test_rerun.py"),
     "a part that did not do tried again": Bug("capture.py", "if self._has_parts is False or (chosen", "if (chosen", "test_rerun.py"),
     "an overflow that ends the passes of parts": Bug("capture.py", "self._has_parts = self._has_parts or part", "self._has_parts = part", "test_rerun.py"),
     "few data for the noise all counted alike": Bug("noise.py", "counts = (upto[-1] / (ENOUGH * sizes[chosen]))", "counts = (data / ENOUGH + 0 * sizes[chosen])", NOISE),

@@ -209,4 +209,4 @@ def gpt_after(steps: int, half: bool) -> float:
 def test_a_gpt_learns_as_well_under_autocast() -> None:
     single, half = gpt_after(200, half=False), gpt_after(200, half=True)
     assert single < 2.6  # from log 97 = 4.6
-    assert half < 1.05 * single  # which is how far apart seeds are, and rounding alone brings such runs
+    assert half < 1.03 * single  # rounding alone may bring it 5 % below, as another seed would

@@ -52,6 +52,11 @@ class Call:
     use: "list[Call]" = field(default_factory=list)
     g: Tensor | None = None
 
+    @property
+    def rows(self) -> int:
+        """Length of what the layer remembered before it was restricted."""
+        return round(len(self.x) * self.upscale)
+
     def chosen(self, g: Tensor) -> Tensor:
         """Of a gradient at the output, the part that belongs to the data that enter the factors."""
         return g[(slice(None),) * self.layer.data_dim + (self.data,)]
@@ -214,9 +219,7 @@ class Batch:
             return
         data = len(first.x)
         every = max(1, round(data * ranks / SAMPLE))
-        sample = Sample(
-            first.layer, [c.x[::every].clone() for c in use], [None] * len(use), round(data * first.upscale)
-        )
+        sample = Sample(first.layer, [c.x[::every].clone() for c in use], [None] * len(use), first.rows)
         self.samples.setdefault(first.owner.name, []).append(sample)
         for number, call in enumerate(use):
             # Nothing that leads to the graph may be kept by a hook on the graph: neither would ever be freed.

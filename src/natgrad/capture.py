@@ -72,8 +72,8 @@ class Capture:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.output, self.seed = batch_fraction, output, seed
         self.world = world or World()
-        self.attached = self.enabled = True
         self.sampling = False  # whether the user's own gradients of some data are kept as well
+        self.attached = self.enabled = True
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
         self.step = self._forward_seed = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
@@ -260,7 +260,7 @@ class Capture:
                     self._backpropagate(part)
             if self.sampling:
                 for use in forward.uses:
-                    if round(len(use[0].x) * use[0].upscale) == forward.data:
+                    if use[0].rows == forward.data:
                         self.batch.sample(use, self.world.size)
         if forward.gradient is None:
             if self._earlier is not None:

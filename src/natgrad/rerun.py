@@ -69,7 +69,7 @@ def few(forward: Forward, independent: bool) -> Tensor | None:
             those of positions, get as much from a few of them as from all, but for a factor.
     """
     calls = [call for use in forward.uses for call in use]
-    own = [call for call in calls if _is_of_data(call, forward)]
+    own = [call for call in calls if call.rows == forward.data]
     # Those of one call are the first of those of another, as long as both were drawn among the data.
     drawn = [call.data for call in own if isinstance(call.data, Tensor)]
     if not drawn or len(drawn) < len(own) or not (independent or len(own) == len(calls)):
@@ -118,21 +118,12 @@ def stands_for(part: Forward, uses: list[list[Call]], whole: Forward, chosen: Te
     if not torch.linalg.vector_norm(output - expected) <= tolerance * torch.linalg.vector_norm(expected):
         return False
     for call, before in zip(mine, theirs, strict=True):
-        if _is_of_data(before, whole):
+        if before.rows == whole.data:
             call.data, call.upscale = slice(len(before.x)), before.upscale
-        elif len(call.x) == _rows(before):
+        elif len(call.x) == before.rows:
             call.data, call.upscale = before.data, before.upscale * whole.data / len(chosen)
         else:  # rows of the data after all, several of each
             return False
         call.x = call.x[call.data]
     part.uses = uses
     return True
-
-
-def _rows(call: Call) -> int:
-    """How many rows there were, of which some enter the factors."""
-    return round(len(call.x) * call.upscale)
-
-
-def _is_of_data(call: Call, forward: Forward) -> bool:
-    return _rows(call) == forward.data
