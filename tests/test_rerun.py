@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,23 +12,65 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
-from natgrad import rerun
+from natgrad import quadratic, rerun
 from natgrad.batch import Forward
 from natgrad.rerun import subsample
+
+
+@dataclass
+class Pair:
+    """Two inputs in an object of the user's own."""
+
+    x: Tensor
+    t: Tensor
+
 
 pytestmark = pytest.mark.usefixtures("float64")
 DATA, FRACTION, KEPT = 40, 0.2, 8
 
 
+def of_ten(*args: Any, **kwargs: Any) -> Forward:
+    return Forward(args, kwargs, torch.empty(10, 2), [])
+
+
 def test_subsample_takes_the_chosen_data_of_what_has_the_batch_dimension() -> None:
     x, mask, table = torch.arange(10.0), torch.arange(20.0).reshape(10, 2), torch.randn(3, 10)
-    forward = Forward((x, table, 0.5), {"mask": mask, "flag": True}, torch.empty(10, 2), [])
-    args, kwargs = subsample(forward, torch.tensor([7, 0, 4]))
+    arguments = subsample(of_ten(x, table, 0.5, mask=mask, flag=True), torch.tensor([7, 0, 4]))
+    assert arguments is not None
+    args, kwargs = arguments
     assert args[0].tolist() == [7, 0, 4]
     assert args[1] is table
     assert args[2] == 0.5
     assert torch.equal(kwargs["mask"], mask[[7, 0, 4]])
     assert kwargs["flag"] is True
+
+
+def test_subsample_looks_into_containers() -> None:
+    x, table = torch.arange(10.0), torch.randn(3, 10)
+    arguments = subsample(of_ten((x, [table, {"deep": 2 * x}]), named={"x": 3 * x}), torch.tensor([7, 0]))
+    assert arguments is not None
+    (((first, (second, third)),), kwargs) = arguments
+    assert (first.tolist(), third["deep"].tolist(), kwargs["named"]["x"].tolist()) == ([7, 0], [14, 0], [21, 0])
+    assert second is table
+
+
+@pytest.mark.parametrize(
+    ("others", "is_taken"),
+    [
+        ([torch.tensor([[0, 1], [9, 2]])], False),  # edges of a graph of ten nodes
+        ([torch.tensor([[0, 1], [2, 2]])], True),  # places that are there among three data, too
+        ([torch.ones(2, 5, dtype=torch.bool)], True),
+        ([torch.full((2,), 99.0)], True),
+        ([torch.empty(0, dtype=torch.long)], True),
+    ],
+)
+def test_subsample_refuses_to_renumber_what_may_tell_data_by_their_places(others: list[Tensor], is_taken: bool) -> None:
+    taken = subsample(of_ten(torch.randn(10, 2), *others), torch.tensor([7, 0, 4]))
+    assert (taken is not None) == is_taken
+
+
+def test_subsample_refuses_data_that_it_does_not_find() -> None:
+    assert subsample(of_ten(Pair(torch.randn(10, 4), torch.randn(10, 3))), torch.tensor([7, 0, 4])) is None
 
 
 class Twice(nn.Module):
@@ -175,3 +218,68 @@ def test_a_second_pass_neither_takes_the_gradients_nor_counts_as_a_forward() -> 
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     assert preconditioner.step()
+
+
+class Sum(nn.Module):
+    """A network of two inputs, however they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        given = inputs if len(inputs) > 1 else inputs[0]
+        x, t = given.values() if isinstance(given, dict) else (given.x, given.t) if isinstance(given, Pair) else given
+        return self.last((self.first(x) + self.second(t)).tanh())
+
+
+class Graph(nn.Module):
+    """A graph network: every node hears of its neighbours, by a matrix or by a list of edges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        def heard(h: Tensor) -> Tensor:
+            return edges @ h if edges.is_floating_point() else h.index_add(0, edges[1], h[edges[0]] / 4)
+
+        return self.last(heard(self.first(heard(x)).tanh()))
+
+
+def trained(model: nn.Module, *args: Any) -> list[Tensor]:
+    """Parameters after three steps on the same arguments."""
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model(*args), torch.arange(DATA) % 2).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.fixture
+def with_few(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The quadratic model is made from eight data."""
+    monkeypatch.setattr(quadratic, "MIN_DATA", KEPT)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("wrapped", [lambda x, t: (x, t), lambda x, t: [x, t], lambda x, t: {"x": x, "t": t}])
+@pytest.mark.usefixtures("with_few")
+def test_inputs_in_containers_train_as_they_do_by_themselves(wrapped: Callable[[Tensor, Tensor], Any]) -> None:
+    model, x, t = Sum(), torch.randn(DATA, 4), torch.randn(DATA, 3)
+    same = copy.deepcopy(model)
+    torch.testing.assert_close(trained(model, x, t), trained(same, wrapped(x, t)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["own object", "adjacency matrix", "edges"])
+def test_where_data_cannot_be_parted_the_model_of_the_loss_is_of_all(case: str, with_few: pytest.MonkeyPatch) -> None:
+    """Catches a network that is run on some nodes of its graph, or on fewer outputs than were meant."""
+    x, edges = torch.randn(DATA, 4), torch.randint(DATA, (2, 4 * DATA))
+    matrix = torch.eye(DATA).index_put((edges[1], edges[0]), torch.tensor(0.25), accumulate=True)
+    args = {"own object": [Pair(x, torch.randn(DATA, 3))], "adjacency matrix": [x, matrix], "edges": [x, edges]}[case]
+    model = Sum() if case == "own object" else Graph()
+    same = copy.deepcopy(model)
+    steps = trained(model, *args)
+    with_few.setattr(quadratic, "MIN_DATA", DATA)
+    torch.testing.assert_close(steps, trained(same, *args), rtol=0, atol=0)

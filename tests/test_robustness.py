@@ -82,7 +82,7 @@ def test_five_seeds_learn_at_full_length(task: str, name: str) -> None:
     plain = run(TASKS[task], SETTINGS["as it is"], 0)
     for seed in range(5):
         result = run(TASKS[task], SETTINGS[name], seed)
-        # The first step may learn the noise of 64 data and half of the units.
-        assert_learns(result, 0.6, wrong=int("dropout" in task and SETTINGS[name].batch == 64))
+        # One of the first steps may learn the noise of 64 data.
+        assert_learns(result, 0.6, wrong=int(SETTINGS[name].batch == 64))
         if name in SAME:
             assert result.learnt < 1.5 * plain.learnt

@@ -31,7 +31,12 @@ Function = Callable[[Named], Outputs]
 
 
 def along(
-    output: Function, parameters: Named, directions: Sequence[Named], previous: Named | None, data: float
+    output: Function,
+    parameters: Named,
+    directions: Sequence[Named],
+    previous: Named | None,
+    data: float,
+    before: Outputs | None = None,
 ) -> tuple[Outputs, list[Tensor]]:
     """The outputs, and derivatives of the last of them along each direction.
 
@@ -41,19 +46,23 @@ def along(
         directions: By name of the parameter, each with a tensor for every parameter.
         previous: The latest step; where there is none, or none that moved, everything is exact.
         data: How many the batch has, of which these outputs may be few; on all ranks.
+        before: The outputs at these parameters, if they are known.
     """
     large = data * sum(p.numel() for p in parameters.values()) >= LARGE
     reach = 0.0
     if previous is not None and large and _rounds_like_float32(parameters):
         reach = REACH * float(length(previous.values()))
-    before = output(parameters) if reach > 0 else ()
+    if before is None and reach > 0:
+        before = output(parameters)
     products = []
     for direction in directions:
-        product = short_difference(output, parameters, direction, before[-1], reach) if reach > 0 else None
+        product = None
+        if before is not None and reach > 0:
+            product = short_difference(output, parameters, direction, before[-1], reach)
         if product is None:
             before, (*_, product) = directional_derivative(output, parameters, direction)
         products.append(product)
-    return before, products
+    return before or (), products
 
 
 def short_difference(

@@ -35,7 +35,7 @@ from natgrad.distributed import Ranks, is_sharded, whole
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
-from natgrad.rerun import rerun, subsample
+from natgrad.rerun import REFUSALS, rerun, subsample
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
 SHARE, MIN_DATA = 1 / 40, 128
@@ -68,28 +68,46 @@ class LocalModel:
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
         self.ranks = ranks or Ranks()
-        enough = round(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data))
-        # Only all data together draw the dropout that they drew before.
-        self.size = min(enough, forward.data) if forward.chance is None else forward.data
-        self.chosen: slice | Tensor = slice(None)
-        self.emphasis = torch.ones(self.size, device=forward.output.device)
-        if self.size < forward.data:
-            assert forward.gradient is not None
-            order = shuffled(forward.data, forward.seed).to(forward.output.device)
-            self.chosen, self.emphasis = stratified(order, self.size, forward.gradient.reshape(forward.data, -1))
-        self.args, self.kwargs = subsample(forward, self.chosen)
-        self.rearrange = rearrangement(forward)
-        self.forward = forward
-        self.weights = None if forward.weights is None else Weights(*map(self._take, forward.weights))
-        # Of the user's loss: of one micro-batch among several, the gradient is that of a part.
-        self.share = self.size / forward.data * forward.terms(likelihood) / terms
-        self.total_terms = terms
+        self.forward, self.rearrange, self.total_terms = forward, rearrangement(forward), terms
         # The user's loss is so many times the declared one, and its gradient at the output so many times longer still.
         self.multiplier, self.scaler = 1.0, 1.0
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
         self.parts = (0.0, 0.0)
-        self._before: Outputs | None = None
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
+        self._take_all()
+        enough = round(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data))
+        # Only all data together draw the dropout that they drew before.
+        if enough < forward.data and forward.chance is None and not self._take_some(enough):
+            self._take_all()
+        self.weights = None if forward.weights is None else Weights(*map(self._take, forward.weights))
+        # Of the user's loss: of one micro-batch among several, the gradient is that of a part.
+        self.share = self.size / forward.data * forward.terms(likelihood) / terms
+
+    def _take_all(self) -> None:
+        """Be of all data of the pass."""
+        self.size = self.forward.data
+        self.chosen: slice | Tensor = slice(None)
+        self.emphasis = torch.ones(self.size, device=self.forward.output.device)
+        self.args, self.kwargs = self.forward.args, self.forward.kwargs
+        self._before: Outputs | None = None
+
+    def _take_some(self, size: int) -> bool:
+        """Be of so many data; False if the network cannot be run on them alone."""
+        forward = self.forward
+        assert forward.gradient is not None
+        order = shuffled(forward.data, forward.seed).to(forward.output.device)
+        self.size = size
+        self.chosen, self.emphasis = stratified(order, size, forward.gradient.reshape(forward.data, -1))
+        try:
+            arguments = subsample(forward, self.chosen)
+            if arguments is None:
+                return False
+            self.args, self.kwargs = arguments
+            self._before = self._run({})
+        except REFUSALS:
+            return False
+        shapes = [output.shape for output in self._before]
+        return shapes == [self._take(forward.gradient).shape, self._take(forward.output).shape]
 
     @property
     def has_all(self) -> bool:
@@ -104,7 +122,7 @@ class LocalModel:
         parameters = self._parameters(directions[0])
         tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
         previous, data = tangents[-1] if len(tangents) > 1 else None, self.forward.data / (self.ranks.part or 1.0)
-        self._before, products = along(self._run, parameters, tangents, previous, data)
+        self._before, products = along(self._run, parameters, tangents, previous, data, self._before)
         _, at = self._before
         root = self._weigh(at).sqrt()
         J = torch.stack([(product * root).flatten() for product in products])

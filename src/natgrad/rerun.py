@@ -7,11 +7,12 @@ meet in batch statistics, and not on chance, unless there is dropout. Whether it
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from natgrad.batch import Call, Forward
 from natgrad.chance import Chance, accelerators
@@ -23,6 +24,11 @@ from natgrad.losses import Weights
 SHARE = 1 / 4
 # Outputs are the same data's when they differ by less than this, relative to their size, or by half of the digits.
 SAME = 0.01
+# What a model raises that does not take some of the data alone, as it is made for one size of batch or relates them.
+REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional ones, and those by keyword."""
 
 
 def rerun(
@@ -51,13 +57,26 @@ def rerun(
         return functional_call(model, {**tensors, **buffers}, args, kwargs)
 
 
-def subsample(forward: Forward, chosen: slice | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the chosen data of each tensor whose first dimension is as long as the output's."""
+def subsample(forward: Forward, chosen: Tensor) -> Arguments | None:
+    """The arguments with the chosen data of each tensor whose first dimension is as long as the output's.
 
-    def take(value: Any) -> Any:
-        return value[chosen] if isinstance(value, Tensor) and value.ndim and value.shape[0] == forward.data else value
+    Tensors are found in tuples, lists and dictionaries, too. None if there is no such tensor, or if another one, of
+    whole numbers, may tell data by their places in the batch, as the edges of a graph do.
+    """
+    leaves, structure = tree_flatten((forward.args, forward.kwargs))
+    of_data = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == forward.data for leaf in leaves]
+    others = [leaf for leaf, is_of_data in zip(leaves, of_data, strict=True) if not is_of_data]
+    if not any(of_data) or any(_tells_places(other, len(chosen)) for other in others):
+        return None
+    taken = [leaf[chosen] if is_of_data else leaf for leaf, is_of_data in zip(leaves, of_data, strict=True)]
+    return cast(Arguments, tree_unflatten(taken, structure))
 
-    return tuple(map(take, forward.args)), {key: take(value) for key, value in forward.kwargs.items()}
+
+def _tells_places(value: Any, kept: int) -> bool:
+    """Whether some of these may be places in a batch that has only so many left."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        return False
+    return value.numel() > 0 and int(value.max()) >= kept
 
 
 def few(forward: Forward, independent: bool) -> Tensor | None:
@@ -91,14 +110,16 @@ def again(model: nn.Module, forward: Forward, chosen: Tensor, select: Callable[[
     """
     if any(map(is_sharded, model.parameters())):
         return None
-    args, kwargs = subsample(forward, chosen)
     try:
         with torch.enable_grad():
-            output = select(rerun(model, {}, args, kwargs))
-    except (RuntimeError, ValueError):  # as of a model made for one size of batch
+            arguments = subsample(forward, chosen)
+            if arguments is None:
+                return None
+            output = select(rerun(model, {}, *arguments))
+    except REFUSALS:
         return None
     weights = None if forward.weights is None else Weights(*(weight[chosen] for weight in forward.weights))
-    return Forward(args, kwargs, output, [], weights)
+    return Forward(*arguments, output, [], weights)
 
 
 def stands_for(part: Forward, uses: list[list[Call]], whole: Forward, chosen: Tensor) -> bool:
