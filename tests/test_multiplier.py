@@ -202,15 +202,15 @@ def test_a_multiplied_loss_of_labels_takes_the_same_steps(factor: float, fisher:
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("factor", [1.0, 64.0])
 def test_a_gradient_scaler_changes_nothing(name: str, factor: float) -> None:
-    """Not even where nothing but the gradients of the parameters tells of it; and it doubles twice on the way.
+    """Not even where nothing but the gradients of the parameters tells of it; and it grows 64-fold, twice, on the way.
 
     Catches a previous step that is judged before the scaler is known, and undone.
     """
     one, other = (natgrad.KFAC(network(), name) for _ in range(2))
     steps(one, LOSSES[name], range(2, 10), factor)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_factor=64.0, growth_interval=3)
     steps(other, LOSSES[name], range(2, 10), factor, scaler)
-    assert scaler.get_scale() == 2.0**14
+    assert scaler.get_scale() == 2.0**24
     assert_close(parameters(other), parameters(one), 1e-9)
 
 

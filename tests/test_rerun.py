@@ -272,13 +272,28 @@ def test_inputs_in_containers_train_as_they_do_by_themselves(wrapped: Callable[[
     torch.testing.assert_close(trained(model, x, t), trained(same, wrapped(x, t)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", ["own object", "adjacency matrix", "edges"])
+class Contrast(nn.Module):
+    """How much every datum is like every other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(3, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.first(x).tanh() @ self.second(t).tanh().mT
+
+
+@pytest.mark.parametrize("case", ["own object", "adjacency matrix", "edges", "contrast"])
 def test_where_data_cannot_be_parted_the_model_of_the_loss_is_of_all(case: str, with_few: pytest.MonkeyPatch) -> None:
     """Catches a network that is run on some nodes of its graph, or on fewer outputs than were meant."""
-    x, edges = torch.randn(DATA, 4), torch.randint(DATA, (2, 4 * DATA))
+    x, t, edges = torch.randn(DATA, 4), torch.randn(DATA, 3), torch.randint(DATA, (2, 4 * DATA))
     matrix = torch.eye(DATA).index_put((edges[1], edges[0]), torch.tensor(0.25), accumulate=True)
-    args = {"own object": [Pair(x, torch.randn(DATA, 3))], "adjacency matrix": [x, matrix], "edges": [x, edges]}[case]
-    model = Sum() if case == "own object" else Graph()
+    model, args = {
+        "own object": (Sum(), [Pair(x, t)]),
+        "adjacency matrix": (Graph(), [x, matrix]),
+        "edges": (Graph(), [x, edges]),
+        "contrast": (Contrast(), [x, t]),
+    }[case]
     same = copy.deepcopy(model)
     steps = trained(model, *args)
     with_few.setattr(quadratic, "MIN_DATA", DATA)
