@@ -124,6 +124,8 @@ BUGS = {
     "inputs in containers not restricted": Bug("rerun.py", "leaves, structure = tree_flatten((forward.args, forward.kwargs))", "leaves, structure = tree_flatten((forward.args, forward.kwargs), is_leaf=lambda v: isinstance(v, dict) and v is not forward.kwargs)", "test_rerun.py"),
     "edges to nodes that are left out": Bug("rerun.py", "return value.numel() > 0 and int(value.max()) >= kept", "return False", "test_rerun.py"),
     "a network run on some nodes of a graph": Bug("quadratic.py", "        return shapes == [", "        return True or shapes == [", "test_rerun.py"),
+    "standing still without a word": Bug("rates.py", "if self.in_a_row == REFUSED:", "if False:", RATES),
+    "rounding taken for a loss that is not known": Bug("rates.py", "promised > MEANT * self.most", "promised > 0", RATES),
     "a step judged before the scaler is known": Bug("preconditioner.py", "            if finite:  # first,", "            if stands is not None and not stands(self.multiplier, finite):\n                return False\n            if finite:  # first,", MULTIPLIER),
     "single data's gradients with the scaler's factor": Bug("noise.py", "(rows[1].shape[-3] * scaler**2)", "rows[1].shape[-3]", MULTIPLIER),
     "the empirical Fisher of the multiplied loss": Bug("batch.py", "(R * self.multiplier**2)", "R", MULTIPLIER),

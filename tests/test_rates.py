@@ -1,5 +1,6 @@
 """How far to go where batches are mostly noise: against dense curvature, and on problems that are all noise or none."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
 from kfac_cases import assert_same, values
-from natgrad import trust
+from natgrad import rates, trust
 from natgrad.averaging import DECAY, EVERY, Pace
 from natgrad.factors import AVERAGED_DECAY
 from oracle import relative_error
@@ -168,6 +169,44 @@ def test_a_given_number_is_not_averaged_away(options: dict[str, Any]) -> None:
         optimizer.step()
     assert optimizer.diagnostics().get("averaging", 0) == 0
     assert not any("average" in kept for kept in optimizer.state.values())
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.one, self.other = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.trunk(x).tanh()
+        return self.one(h), self.other(h)
+
+
+def test_a_loss_that_natgrad_does_not_know_is_told_of() -> None:
+    """Catches training that stands still and says nothing."""
+    torch.manual_seed(0)
+    model, x, y = TwoHeads(), torch.randn(8, 3), torch.arange(8) % 2
+    optimizer = natgrad.KFAC(model, "cross_entropy", output=lambda outputs: outputs[0])
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            one, other = model(x)
+            (cross_entropy(one, y) + 30 * cross_entropy(other, 1 - y)).backward()
+            optimizer.step()
+
+    with pytest.warns(RuntimeWarning, match=r"5 steps in a row were not taken.*sum over several outputs") as warned:
+        train(8)
+    assert len(warned) == 1
+
+
+def test_steps_refused_where_all_is_learnt_are_none_of_the_users_concern() -> None:
+    """Nor are single ones, or some that others interrupt."""
+    refusals = rates.Refusals()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for alpha, predicted in [(0.1, -1.0), *[(0.0, -1e-3 / 2**8)] * 9, *[(0.0, -1.0), (0.2, -1.0)] * 9]:
+            refusals.note(alpha, {"predicted_change": predicted, "halvings": 0.0 if alpha else 8.0})
+        refusals.note(0.1, {})  # not tried
 
 
 def test_steps_on_noise_become_shorter() -> None:

@@ -30,7 +30,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import CurvatureOptions, check_rate
 from natgrad.preconditioner import Preconditioner
-from natgrad.rates import Course, Direction, by_average, by_model
+from natgrad.rates import Course, Direction, Refusals, by_average, by_model
 
 
 class KFAC(torch.optim.Optimizer):
@@ -96,6 +96,7 @@ class KFAC(torch.optim.Optimizer):
         self.undone_steps = 0
         self._diagnostics: dict[str, float] = {}
         self._latest_step: dict[nn.Parameter, Tensor] = {}
+        self._refusals = Refusals()
         self._constructed = False
         given = [p for p in self.preconditioner.model.parameters() if p.requires_grad] if params is None else params
         super().__init__(given, {"lr": 1.0 if lr == "auto" else lr, "weight_decay": weight_decay})
@@ -268,6 +269,7 @@ class KFAC(torch.optim.Optimizer):
         else:
             mu, (alpha, told) = 0.0, by_average(multiplier, course, averaged.get, self.preconditioner.metric.renewed)
         self._diagnostics.update(told)
+        self._refusals.note(alpha, told)
         if averaged is not None and not alpha:
             self._averages().start_anew()
         return course.times * alpha, course.times * mu
@@ -281,7 +283,8 @@ class KFAC(torch.optim.Optimizer):
         if multiplier is None:
             raise RuntimeError(
                 "`step()` with an automatic rate: the model's latest forward pass since the last step had no backward "
-                "pass. Call the model under `torch.no_grad()` where its output is not trained on."
+                "pass. Call the model under `torch.no_grad()` where its output is not trained on; if `output=` joins "
+                "several tensors, let the model return them joined."
             )
         return multiplier
 
@@ -330,7 +333,7 @@ class KFAC(torch.optim.Optimizer):
         """Of a copy, and of torch's ``load_state_dict``."""
         super().__setstate__(state)
         if "preconditioner" in state:
-            self._diagnostics, self._latest_step = {}, {}
+            self._diagnostics, self._latest_step, self._refusals = {}, {}, Refusals()
             self.register_state_dict_post_hook(_complete)
         self._share()
 

@@ -12,6 +12,7 @@ Either way a step is tried on the model's data before it is taken, unless it is 
 is remembered, so that the next batch can tell how much of it was true.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ from natgrad.averaging import Pace
 from natgrad.clipping import Gradient, dot
 from natgrad.multiplier import LossMultiplier
 from natgrad.trust import Trust
+
+# So many steps in a row that did not lower the loss are told of, if they promised so much of the most that one did.
+REFUSED, MEANT = 5, 1e-3
 
 Direction = dict[nn.Parameter, Tensor]
 Told = dict[str, float]
@@ -58,6 +62,38 @@ class Course:
     def slope(self) -> Tensor:
         """Of the loss along the previous step, a scalar; 0 if there was none."""
         return dot(self.previous, self.gradient) if self.previous else torch.zeros(())
+
+
+@dataclass
+class Refusals:
+    """Steps that were not taken, as even a small part of them would not have lowered the loss.
+
+    One such step is noise. Several are a loss other than that which natgrad was told of. Where everything is learnt
+    they are rounding, and promise next to nothing.
+
+    Attributes:
+        in_a_row: Number of the latest ones.
+        most: The largest fall of the loss that a step promised.
+    """
+
+    in_a_row: int = 0
+    most: float = 0.0
+
+    def note(self, alpha: float, told: Told) -> None:
+        """Look at a step that was tried, and warn once after several."""
+        if "halvings" not in told:
+            return
+        promised = -told["predicted_change"] * 2.0 ** told["halvings"]
+        self.most = max(self.most, promised)
+        self.in_a_row = self.in_a_row + 1 if not alpha and promised > MEANT * self.most else 0
+        if self.in_a_row == REFUSED:
+            warnings.warn(
+                f"natgrad: {REFUSED} steps in a row were not taken, as none lowers the loss that `loss` and `output` "
+                "tell of. If the loop's is another, such as a sum over several outputs, declare that by a `Likelihood` "
+                'of your own, or use `fisher="empirical"` with numbers as `lr` and `momentum`.',
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float | None]) -> tuple[float, float, Told]:
