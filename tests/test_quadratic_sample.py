@@ -22,12 +22,10 @@ pytestmark = pytest.mark.usefixtures("float64")
 def test_data_are_drawn_anew_with_every_seed_and_alike_with_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fixed part, or one in step with the rows of the factors, makes some directions look flatter than they are."""
     monkeypatch.setattr(quadratic, "MIN_DATA", 5)
-    forwards = [
-        Forward((torch.arange(40.0).unsqueeze(1),), {}, torch.empty(40, 2), [], gradient=torch.zeros(40, 2), seed=seed)
-        for seed in (0, 1, 0)
-    ]
-    local = [LocalModel(nn.Linear(1, 2), Gaussian(), lambda out: out, forward, 80) for forward in forwards]
-    chosen = [model.args[0].flatten().tolist() for model in local]
+    model, x = nn.Linear(1, 2), torch.arange(40.0).unsqueeze(1)
+    forwards = [Forward((x,), {}, model(x).detach(), [], gradient=torch.zeros(40, 2), seed=seed) for seed in (0, 1, 0)]
+    local = [LocalModel(model, Gaussian(), lambda out: out, forward, 80) for forward in forwards]
+    chosen = [one.args[0].flatten().tolist() for one in local]
     assert chosen[0] == chosen[2] != chosen[1]
     assert [len(set(data)) for data in chosen] == [5, 5, 5]
 

@@ -283,7 +283,19 @@ class Contrast(nn.Module):
         return self.first(x).tanh() @ self.second(t).tanh().mT
 
 
-@pytest.mark.parametrize("case", ["own object", "adjacency matrix", "edges", "contrast"])
+class Ring(nn.Module):
+    """Every datum hears of the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return self.last(h + h.roll(1, 0))
+
+
+@pytest.mark.parametrize("case", ["own object", "adjacency matrix", "edges", "contrast", "ring"])
 def test_where_data_cannot_be_parted_the_model_of_the_loss_is_of_all(case: str, with_few: pytest.MonkeyPatch) -> None:
     """Catches a network that is run on some nodes of its graph, or on fewer outputs than were meant."""
     x, t, edges = torch.randn(DATA, 4), torch.randn(DATA, 3), torch.randint(DATA, (2, 4 * DATA))
@@ -293,8 +305,17 @@ def test_where_data_cannot_be_parted_the_model_of_the_loss_is_of_all(case: str, 
         "adjacency matrix": (Graph(), [x, matrix]),
         "edges": (Graph(), [x, edges]),
         "contrast": (Contrast(), [x, t]),
+        "ring": (Ring(), [x]),
     }[case]
     same = copy.deepcopy(model)
     steps = trained(model, *args)
     with_few.setattr(quadratic, "MIN_DATA", DATA)
     torch.testing.assert_close(steps, trained(same, *args), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("with_few")
+def test_batch_statistics_do_not_keep_the_model_of_the_loss_from_few_data() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+    seen = sizes_seen(model)
+    trained(model, torch.randn(DATA, 4))
+    assert set(seen) == {DATA, KEPT}

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from natgrad.batch import Forward, shuffled
 from natgrad.derivatives import Outputs, along, directional_derivative
@@ -39,6 +40,8 @@ from natgrad.rerun import REFUSALS, rerun, subsample
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
 SHARE, MIN_DATA = 1 / 40, 128
+# Outputs further from those of the whole pass, relative to their size, are another's: half precision is closer.
+APART = 0.1
 # A step is taken when the loss falls by this share of what the model predicts, and else halved up to so many times.
 SUFFICIENT, HALVINGS = 0.1, 8
 
@@ -92,7 +95,10 @@ class LocalModel:
         self._before: Outputs | None = None
 
     def _take_some(self, size: int) -> bool:
-        """Be of so many data; False if the network cannot be run on them alone."""
+        """Be of so many data; False if the network cannot be run on them alone, or makes something else of them then.
+
+        Batch statistics are others among fewer data, and no reason to take all.
+        """
         forward = self.forward
         assert forward.gradient is not None
         order = shuffled(forward.data, forward.seed).to(forward.output.device)
@@ -106,8 +112,11 @@ class LocalModel:
             self._before = self._run({})
         except REFUSALS:
             return False
-        shapes = [output.shape for output in self._before]
-        return shapes == [self._take(forward.gradient).shape, self._take(forward.output).shape]
+        (returned, output), expected = self._before, self._take(forward.output)
+        if (returned.shape, output.shape) != (self._take(forward.gradient).shape, expected.shape):
+            return False
+        apart = torch.linalg.vector_norm(output - expected) > APART * torch.linalg.vector_norm(expected)
+        return not apart or any(map(_mixes, self.model.modules()))
 
     @property
     def has_all(self) -> bool:
@@ -287,6 +296,11 @@ def stratified(order: Tensor, size: int, gradients: Tensor) -> tuple[Tensor, Ten
     share = size / data
     counts = torch.tensor([1.0, (data - top) / (size - top)]).repeat_interleave(torch.tensor([top, size - top]))
     return torch.cat([longest, others]), share * counts.to(order.device)
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Whether a module computes statistics of the batch."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
 def rearrangement(forward: Forward) -> Callable[[Tensor], Tensor]:
