@@ -269,7 +269,8 @@ class KFAC(torch.optim.Optimizer):
         else:
             mu, (alpha, told) = 0.0, by_average(multiplier, course, averaged.get, self.preconditioner.metric.renewed)
         self._diagnostics.update(told)
-        self._refusals.note(alpha, told)
+        if self.preconditioner.capture.sampling:  # else the damping that was given may be to blame
+            self._refusals.note(alpha, told)
         if averaged is not None and not alpha:
             self._averages().start_anew()
         return course.times * alpha, course.times * mu
