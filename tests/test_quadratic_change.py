@@ -236,10 +236,16 @@ def test_change_with_dropout_is_that_of_one_mask(told: Any, user: Any, target: C
     assert actual == pytest.approx(expected, rel=1e-9)
 
 
-def test_change_with_dropout_is_that_of_the_users_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient is made for its mask: catches a step that is judged by another, or by some of the data alone."""
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_change_with_dropout_is_that_of_the_users_mask(normalizes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient is made for its mask: catches a step that is judged by another, or by some of the data alone.
+
+    Batch statistics would excuse that the output of some is another.
+    """
     monkeypatch.setattr(quadratic, "MIN_DATA", 4)
     model, x, y = with_dropout(), torch.randn(6, 3), classes_of(6)
+    if normalizes:
+        model = nn.Sequential(nn.BatchNorm1d(3), model)
     expected = change_by_mask(copy.deepcopy(model), cross_entropy, x, y, seed=7)
     torch.manual_seed(7)
     actual = change_by_natgrad(model, "cross_entropy", lambda m: cross_entropy(m(x), y))

@@ -124,8 +124,11 @@ class LossMultiplier:
     def local(self) -> LocalModel:
         """The quadratic model of the user's loss, on the current pass."""
         local = self._local()
-        local.multiplier, local.scaler = self.loss, self.scaler
+        self._tell(local)
         return local
+
+    def _tell(self, local: LocalModel) -> None:
+        local.multiplier, local.scaler = self.loss, self.scaler
 
     @cached_property
     def bound(self) -> tuple[float, bool]:
@@ -265,7 +268,8 @@ class LossMultiplier:
 
     def _set(self, loss: float, scaler: float) -> None:
         self.state["multiplier"] = torch.tensor([loss, scaler])
-        self.__dict__.pop("local", None)  # which is told anew
+        if "local" in self.__dict__:  # made before: what it has evaluated still holds
+            self._tell(self.local)
 
 
 def _scaler(ratio: float, before: float, noise: float) -> float:

@@ -28,12 +28,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from natgrad.batch import Forward, shuffled
 from natgrad.derivatives import Outputs, along, directional_derivative
 from natgrad.distributed import Ranks, is_sharded, whole
-from natgrad.layers import at_least_float32
+from natgrad.layers import at_least_float32, uses_batch_statistics
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 from natgrad.rerun import REFUSALS, rerun, subsample
@@ -77,10 +76,9 @@ class LocalModel:
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
         self.parts = (0.0, 0.0)
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
-        self._take_all()
         enough = round(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data))
         # Only all data together draw the dropout that they drew before.
-        if enough < forward.data and forward.chance is None and not self._take_some(enough):
+        if not (enough < forward.data and forward.chance is None and self._take_some(enough)):
             self._take_all()
         self.weights = None if forward.weights is None else Weights(*map(self._take, forward.weights))
         # Of the user's loss: of one micro-batch among several, the gradient is that of a part.
@@ -116,7 +114,7 @@ class LocalModel:
         if (returned.shape, output.shape) != (self._take(forward.gradient).shape, expected.shape):
             return False
         apart = torch.linalg.vector_norm(output - expected) > APART * torch.linalg.vector_norm(expected)
-        return not apart or any(map(_mixes, self.model.modules()))
+        return not apart or any(map(uses_batch_statistics, self.model.modules()))
 
     @property
     def has_all(self) -> bool:
@@ -296,11 +294,6 @@ def stratified(order: Tensor, size: int, gradients: Tensor) -> tuple[Tensor, Ten
     share = size / data
     counts = torch.tensor([1.0, (data - top) / (size - top)]).repeat_interleave(torch.tensor([top, size - top]))
     return torch.cat([longest, others]), share * counts.to(order.device)
-
-
-def _mixes(module: nn.Module) -> bool:
-    """Whether a module computes statistics of the batch."""
-    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
 def rearrangement(forward: Forward) -> Callable[[Tensor], Tensor]:

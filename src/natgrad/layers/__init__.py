@@ -7,6 +7,7 @@ familiar. Importing this package registers them all.
 from natgrad.layers import attention, convolution, embedding, linear, normalization, recurrent
 from natgrad.layers.base import Layer, Recorder, WeightLayer, register, registered
 from natgrad.layers.moments import Moment, Sharing, at_least_float32
+from natgrad.layers.normalization import uses_batch_statistics
 from natgrad.layers.partition import Partition, entry, partition, uncompiled, unwrap
 from natgrad.layers.spectrum import Bases
 
@@ -31,4 +32,5 @@ __all__ = [
     "registered",
     "uncompiled",
     "unwrap",
+    "uses_batch_statistics",
 ]

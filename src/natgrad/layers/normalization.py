@@ -93,6 +93,11 @@ def normalize(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return functional.group_norm(x, module.num_groups, eps=module.eps)
     assert isinstance(module, _BatchNorm)
-    if module.training or module.running_mean is None:
+    if uses_batch_statistics(module):
         return functional.batch_norm(x, None, None, training=True, eps=module.eps)
     return functional.batch_norm(x, module.running_mean, module.running_var, training=False, eps=module.eps)
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether the output for a datum depends on the others in the batch, by their mean and variance."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
