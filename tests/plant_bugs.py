@@ -27,6 +27,7 @@ LINEAR, KINDS, LOSSES = "test_linear_exactness.py", "test_layers_exactness.py", 
 EKFAC, TOLD, MULTIPLIER, NOISE = "test_ekfac.py", "test_diagnostics.py", "test_multiplier.py", "test_noise.py"
 RESUME, GROUPS, COPIES, CHANGE = "test_resume.py", "test_groups.py", "test_copies.py", "test_quadratic_change.py"
 SAMPLE, TRUST, AVERAGING, RATES = "test_quadratic_sample.py", "test_trust.py", "test_averaging.py", "test_rates.py"
+JOINT = "test_joint.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return (1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
     "loss reduced by mean treated as a sum": Bug("likelihoods.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
@@ -123,6 +124,12 @@ BUGS = {
     "a gradient scaler taken for a multiplied loss": Bug("multiplier.py", "    if 1 / NOISE < ratio < NOISE:", "    if True:", MULTIPLIER),
     "inputs in containers not restricted": Bug("rerun.py", "leaves, structure = tree_flatten((forward.args, forward.kwargs))", "leaves, structure = tree_flatten((forward.args, forward.kwargs), is_leaf=lambda v: isinstance(v, dict) and v is not forward.kwargs)", "test_rerun.py"),
     "edges to nodes that are left out": Bug("rerun.py", "return value.numel() > 0 and int(value.max()) >= kept", "return False", "test_rerun.py"),
+    "a head's weight not in its samples": Bug("joint.py", "lambda one, F, f: F**0.5 * one.sample", "lambda one, F, f: one.sample", JOINT),
+    "every head's columns in the first": Bug("joint.py", "[*zeros[:number], F**0.5 * column, *zeros[number + 1 :]]", "[F**0.5 * column, *zeros[1:]]", JOINT),
+    "the reach of the bounded heads for all": Bug("joint.py", "                return None\n", "                own = torch.full_like(head, torch.inf)\n", JOINT),
+    "only the latest head's gradient": Bug("batch.py", "        if self.gradient is None:\n", "        if True:\n", JOINT),
+    "gradients noted at what others were made of": Bug("outputs.py", "        if not here:\n", "        if True:\n", JOINT),
+    "the gradient looked for at a tensor made for natgrad": Bug("outputs.py", "        if not places or (", "        if True or (", JOINT),
     "a network run on some nodes of a graph": Bug("quadratic.py", "        if (returned.shape, output.shape) != (", "        if False and (returned.shape, output.shape) != (", "test_rerun.py"),
     "standing still without a word": Bug("rates.py", "if self.in_a_row == REFUSED:", "if False:", RATES),
     "rounding taken for a loss that is not known": Bug("rates.py", "promised > MEANT * self.most", "promised > 0", RATES),

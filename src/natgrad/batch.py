@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -17,9 +18,11 @@ from torch.autograd.graph import GradientEdge
 
 from natgrad.chance import Chance
 from natgrad.factors import Factors, Statistics, join
+from natgrad.joint import side_by_side
 from natgrad.layers import Layer, at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
+from natgrad.outputs import Find
 
 Fisher = Literal["mc", "exact", "empirical", "forward"]
 # So many data tell the noise of the gradients to a few percent.
@@ -98,9 +101,8 @@ class Forward:
         uses: The calls of the layers, together where their rows are positions of the same rows; none if not due.
         weights: What the targets imply, where a loss module was watched.
         seen: The model's own output, where the loss module got a rearranged one.
-        returned: The tensor that the model returned and a function of the user's made ``output`` from.
-        key: Of that tensor, where the model returned several things.
-        gradient: Of the user's loss with respect to ``returned`` or else ``output``, once it has arrived.
+        find: From what the model returned to what ``output`` was made from, where a function of the user's did so.
+        gradient: Of the user's loss with respect to that or else ``output``, once it has arrived.
         seed: Of the order in which data are chosen, see :func:`shuffled`.
         chance: The random streams before it, if it drew from them.
         multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
@@ -112,20 +114,36 @@ class Forward:
     uses: list[list[Call]]
     weights: Weights | None = None
     seen: Tensor | None = None
-    returned: Tensor | None = None
-    key: Any = None
+    find: Find | None = None
     gradient: Tensor | None = None
     seed: int = 0
     chance: Chance | None = None
     multiplier: Tensor | None = None
 
-    def listen(self) -> None:
-        """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over."""
-        (self.output if self.returned is None else self.returned).register_hook(self.note)
+    def listen(self, origins: Sequence[Tensor]) -> None:
+        """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over.
+
+        Args:
+            origins: Where it arrives; side by side, if at several tensors.
+        """
+        if len(origins) == 1:
+            origins[0].register_hook(self.note)
+            return
+        ends = list(accumulate(origin.shape[1:].numel() for origin in origins))
+        for origin, start, end in zip(origins, [0, *ends], ends, strict=False):
+            if origin.requires_grad:
+                origin.register_hook(partial(self.note_some, ends[-1], slice(start, end)))
 
     def note(self, gradient: Tensor) -> None:
         """Keep a gradient that has come."""
         self.gradient = at_least_float32(gradient.detach())
+
+    def note_some(self, width: int, columns: slice, gradient: Tensor) -> None:
+        """Keep what has come at one of several tensors; where none comes, the loss does not depend on it."""
+        some = at_least_float32(side_by_side([gradient.detach()]))
+        if self.gradient is None:
+            self.gradient = some.new_zeros(len(some), width)
+        self.gradient[:, columns] = some
 
     def add_multiplier(self, gradient: Tensor) -> None:
         """Add the gradient at one value of the loss module; there are several for a weighted sum over targets."""
@@ -140,7 +158,6 @@ class Forward:
         """Let go of the graph and of the calls."""
         self.uses, self.output = [], self.output.detach()
         self.seen = None if self.seen is None else self.seen.detach()
-        self.returned = None if self.returned is None else self.returned.detach()
 
     def terms(self, likelihood: Likelihood | None) -> float:
         """What the loss's reduction divides by."""
@@ -246,7 +263,7 @@ class Batch:
             ValueError: at the first step, for a gradient at the output that is not that of the declared loss.
         """
         latest, likelihood = self.latest, self.loss.likelihood
-        if latest is not None and latest.gradient is not None and latest.returned is None and likelihood and not step:
+        if latest is not None and latest.gradient is not None and latest.find is None and likelihood and not step:
             likelihood.check_gradient(latest.gradient)
         if step and not self.statistics:
             return  # the layer is used for the first time between two updates of the curvature
@@ -318,18 +335,6 @@ def _keep(
     if g is not None:
         leading = (slice(None),) * dim
         sample.gs[number] = g.detach()[(*leading, data)][(*leading, slice(None, None, every))].clone()
-
-
-def source(raw: Any, output: Tensor) -> Any:
-    """The key of the tensor that ``output`` was made from, in what a model returned; None if it is one of its tensors.
-
-    Where the model computes its own loss, the gradient arrives at that tensor, and not at what is made of it for us.
-    """
-    parts = raw.items() if isinstance(raw, Mapping) else enumerate(raw) if isinstance(raw, tuple | list) else ()
-    tensors = {key: part for key, part in parts if isinstance(part, Tensor) and part.requires_grad and part.ndim}
-    if len(tensors) != 1 or any(part is output for part in tensors.values()):
-        return None
-    return next(iter(tensors))
 
 
 def shuffled(data: int, seed: int) -> Tensor:

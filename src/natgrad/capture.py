@@ -13,7 +13,7 @@ arrive during the user's ``backward()``. So do, at the edges, the samples that t
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Call, Fisher, Forward, full_precision, is_there, one_position_each, shuffled, source
+from natgrad.batch import Batch, Call, Fisher, Forward, full_precision, is_there, one_position_each, shuffled
 from natgrad.chance import Chance
 from natgrad.distributed import World
 from natgrad.factors import Statistics, share_needed
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
+from natgrad.outputs import View
 from natgrad.rerun import again, few, stands_for
 
 
@@ -65,12 +66,12 @@ class Capture:
         mc_samples: int,
         batch_fraction: float | Literal["auto"],
         sharing: dict[str, Sharing],
-        output: Callable[[Any], Tensor] | None,
+        output: Callable[[Any], Any] | None,
         seed: int,
         world: World | None = None,
     ) -> None:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
-        self.batch_fraction, self.output, self.seed = batch_fraction, output, seed
+        self.batch_fraction, self.view, self.seed = batch_fraction, View(output, loss), seed
         self.world = world or World()
         self.sampling = False  # whether the user's own gradients of some data are kept as well
         self.attached = self.enabled = True
@@ -150,23 +151,6 @@ class Capture:
         assert batch is not None
         return batch
 
-    def select(self, raw: Any) -> Tensor:
-        """The tensor that the loss sees, checked against the likelihood."""
-        output = raw if self.output is None else self.output(raw)
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"the model returned {type(output).__name__}, not a tensor: pass `output=` to natgrad to select the "
-                "tensor that the loss sees, for instance `output=lambda out: out.logits`."
-            )
-        if output.ndim < 1:
-            raise ValueError(
-                "the model returned a scalar, and natgrad needs the output with the data as its first dimension: pass "
-                "`output=` to select the tensor that the loss sees."
-            )
-        if self.loss.likelihood is not None and self.loss.module is None:
-            self.loss.likelihood.check(output)
-        return output
-
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():  # by `model.compile()`, which takes the hooks in; the layers will be missed
             return
@@ -198,14 +182,15 @@ class Capture:
         if not self.attached:
             return
         calls, chance, self._calls, self._chance = self._calls, self._chance, None, None
-        if calls is None or chance is None or not (output := self.select(raw)).requires_grad:
+        if calls is None or chance is None:
+            return
+        heads = self.view.heads(raw)
+        if not (output := self.view.join(heads)).requires_grad:
             return
         forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed, chance=chance.if_drawn())
         if self.loss.module is None:
-            if self.output is not None:
-                forward.key = source(raw, output)
-                forward.returned = raw if isinstance(raw, Tensor) else None if forward.key is None else raw[forward.key]
-            self._gather(forward)
+            origins, forward.find = self.view.origins(raw, heads)
+            self._gather(forward, origins)
         else:
             self._waiting = forward
             if not self.loss.indispensable:
@@ -225,7 +210,7 @@ class Capture:
         with torch.no_grad():
             forward.weights = self.loss.weigh(module, at_least_float32(seen.detach()), tuple(named.values()))
         forward.seen, forward.output = forward.output, seen
-        self._gather(forward)
+        self._gather(forward, [seen])
 
     def _watch_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> None:
         """What the training loop multiplies the loss by arrives as the gradient of its value."""
@@ -245,9 +230,9 @@ class Capture:
         forward.note(g)
         counted = (g != 0).any(dim=1, keepdim=True).to(g.dtype)
         forward.weights = Weights(counted, counted)
-        self._gather(forward)
+        self._gather(forward, [])
 
-    def _gather(self, forward: Forward) -> None:
+    def _gather(self, forward: Forward, origins: Sequence[Tensor]) -> None:
         if forward.uses:
             part = self._part(forward)
             # The user's autocast would round the products of rows to half precision.
@@ -264,8 +249,9 @@ class Capture:
                         self.batch.sample(use, self.world.size)
         if forward.gradient is None:
             if self._earlier is not None:
-                forward.output.register_hook(self._drop_what_lost_its_gradient)
-            forward.listen()
+                for origin in filter(lambda tensor: tensor.requires_grad, origins):
+                    origin.register_hook(self._drop_what_lost_its_gradient)
+            forward.listen(origins)
         self.batch.forwards += 1
         self.batch.data += forward.data
         self.batch.terms += forward.terms(self.loss.likelihood)
@@ -280,7 +266,7 @@ class Capture:
             return forward
         self._calls, self.attached = [], False  # the hooks on the layers work alone, and for us
         try:
-            part, calls = again(unwrap(self._model), forward, chosen, self.select), self._calls
+            part, calls = again(unwrap(self._model), forward, chosen, self.view), self._calls
         finally:
             self._calls, self.attached = None, True
         part = part if part is not None and stands_for(part, self._uses(calls), forward, chosen) else None

@@ -23,8 +23,7 @@ from natgrad.capture import Capture
 from natgrad.factors import resolve_sharing
 from natgrad.inverses import apply, eigh, reciprocal, scale_in_basis
 from natgrad.layers import Bases, Layer, Sharing, partition
-from natgrad.likelihoods import Likelihood
-from natgrad.losses import resolve
+from natgrad.losses import Declared, resolve
 from natgrad.options import check_fisher
 
 
@@ -92,14 +91,14 @@ class Block:
 def curvature(
     model: nn.Module,
     x: Any,
-    y: Tensor | None = None,
-    loss: str | nn.Module | Likelihood | None = None,
+    y: Any = None,
+    loss: Declared = None,
     *,
     fisher: Fisher = "mc",
     mc_samples: int = 1,
     sharing: Sharing | dict[str, Sharing] = "expand",
     ekfac: bool = False,
-    output: Callable[[Any], Tensor] | None = None,
+    output: Callable[[Any], Any] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     seed: int = 0,
 ) -> dict[str, Block]:
@@ -170,7 +169,7 @@ def _pass(capture: Capture, model: nn.Module, batches: Iterable[Any]) -> Batch:
     needs_loss = capture.loss.module is not None or capture.fisher == "empirical"
     for x, y in batches:
         with torch.enable_grad():
-            output = capture.select(model(x))
+            output = capture.view(model(x))
             if needs_loss:
                 value = capture.loss.value(output, y)
                 parameters = [p for p in model.parameters() if p.requires_grad]

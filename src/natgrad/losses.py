@@ -16,14 +16,16 @@ with q the target distribution after smoothing. A target is seen only by the mod
 must be called in the training loop; vectors are then drawn for the tensor that the module got, whatever its layout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from natgrad.joint import Joint, Part
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson, Reduction
 
 
@@ -39,6 +41,12 @@ class Weights(NamedTuple):
     terms: Tensor
 
 
+One: TypeAlias = str | nn.Module | Likelihood
+"""The loss of one output."""
+Weighted: TypeAlias = One | tuple[float, One]
+"""The same, perhaps with the number by which it is multiplied in a sum of several."""
+Declared: TypeAlias = One | Mapping[Any, Weighted] | Sequence[Weighted] | None
+"""What a user may pass as ``loss``."""
 Weigh = Callable[[Any, Tensor, tuple[Any, ...]], Weights]
 """From a loss module, its input and its other arguments to the weights."""
 
@@ -79,12 +87,12 @@ _BY_NAME: dict[str, tuple[type[Likelihood], Callable[[Tensor, Tensor], Tensor]]]
 }
 
 
-def resolve(loss: str | nn.Module | Likelihood | None) -> Loss:
+def resolve(loss: Declared) -> Loss:
     """The meaning of a user's ``loss`` argument.
 
     Raises:
         ValueError: for an unknown name, or a loss module whose curvature is not known.
-        TypeError: for anything else than a name, a torch loss module, a ``Likelihood`` or None.
+        TypeError: for anything else than a name, a torch loss module, a ``Likelihood``, some of these, or None.
     """
     if loss is None or isinstance(loss, Likelihood):
         return Loss(loss)
@@ -95,7 +103,42 @@ def resolve(loss: str | nn.Module | Likelihood | None) -> Loss:
         return Loss(likelihood(), function)
     if isinstance(loss, nn.Module):
         return _from_module(loss)
-    raise TypeError(f"`loss` must be a name, a torch loss module or a `natgrad.likelihoods.Likelihood`, not {loss!r}.")
+    if isinstance(loss, Mapping):
+        return _of_several(loss)
+    if isinstance(loss, Sequence):
+        return _of_several(dict(enumerate(loss)))
+    raise TypeError(
+        "`loss` must be a name, a torch loss module or a `natgrad.likelihoods.Likelihood`, or a dictionary or a tuple "
+        f"of these for several outputs, not {loss!r}."
+    )
+
+
+def _of_several(losses: Mapping[Any, Weighted]) -> Loss:
+    weights, resolved = dict[Any, float](), dict[Any, Loss]()
+    for key, loss in losses.items():
+        weight, one = loss if isinstance(loss, tuple) and len(loss) == 2 else (1.0, loss)
+        if not (isinstance(weight, float | int) and weight > 0):
+            raise ValueError(
+                f"`loss` of output {key!r} must be a loss or a pair of a positive number and a loss, not {loss!r}."
+            )
+        if not isinstance(one, str | nn.Module | Likelihood):
+            raise TypeError(f"`loss` of output {key!r} must be the loss of one tensor, not {one!r}.")
+        weights[key], resolved[key] = float(weight), resolve(one)
+        if resolved[key].indispensable:
+            raise ValueError(
+                f"`loss` of output {key!r}, {one!r}: among several losses natgrad does not see the targets, by which "
+                "this one weighs them. Name a loss whose curvature does not depend on them, or a `Likelihood` of "
+                "your own."
+            )
+    parts = {key: Part(weights[key], cast(Likelihood, one.likelihood)) for key, one in resolved.items()}
+    return Loss(joint := Joint(parts), partial(_sum, joint, resolved))
+
+
+def _sum(joint: Joint, losses: Mapping[Any, Loss], output: Tensor, targets: Any) -> Tensor:
+    """The weighted sum of several losses, from their outputs side by side, and from the targets by the same keys."""
+    heads = dict(zip(joint.parts, joint.split(output), strict=True))
+    each = [part.weight * losses[key].value(heads[key], targets[key]) for key, part in joint.parts.items()]
+    return torch.stack(each).sum()
 
 
 def _from_module(module: nn.Module) -> Loss:

@@ -62,7 +62,7 @@ def at_least(forward: Forward, likelihood: Likelihood, terms: float) -> tuple[fl
     """
     if forward.multiplier is not None:
         return float(forward.multiplier), True
-    if forward.gradient is None or forward.returned is not None:
+    if forward.gradient is None or forward.find is not None:
         return 0.0, False
     data = len(forward.output)
     some = slice(None, None, max(1, data // min(DATA, max(1, LOOKED_AT * data // forward.output.numel()))))

@@ -26,7 +26,7 @@ from natgrad.clipping import clip_scale
 from natgrad.distributed import Distributed, like, whole
 from natgrad.groups import relative_rates, split
 from natgrad.layers import partition
-from natgrad.likelihoods import Likelihood
+from natgrad.losses import Declared
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import CurvatureOptions, check_rate
 from natgrad.preconditioner import Preconditioner
@@ -71,7 +71,7 @@ class KFAC(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module | Distributed,
-        loss: str | nn.Module | Likelihood | None = None,
+        loss: Declared = None,
         *,
         params: ParamsT | None = None,
         lr: float | Literal["auto"] = "auto",
@@ -284,8 +284,8 @@ class KFAC(torch.optim.Optimizer):
         if multiplier is None:
             raise RuntimeError(
                 "`step()` with an automatic rate: the model's latest forward pass since the last step had no backward "
-                "pass. Call the model under `torch.no_grad()` where its output is not trained on; if `output=` joins "
-                "several tensors, let the model return them joined."
+                "pass. Call the model under `torch.no_grad()` where its output is not trained on; if `output=` takes "
+                "something else than what the model returns, let the model return that."
             )
         return multiplier
 

@@ -23,7 +23,7 @@ class CurvatureOptions(TypedDict, total=False):
     inverse_period: Period
     batch_fraction: float | Literal["auto"]
     sharing: Sharing | dict[str, Sharing]
-    output: Callable[[Any], Tensor] | None
+    output: Callable[[Any], Any] | None
     seed: int
 
 

@@ -26,8 +26,7 @@ from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, res
 from natgrad.factors import AVERAGED_DECAY, LONG_DECAY, determines, resolve_sharing, update_average
 from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
-from natgrad.likelihoods import Likelihood
-from natgrad.losses import resolve
+from natgrad.losses import Declared, resolve
 from natgrad.metric import Metric
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import check_fisher, check_inverse, check_numbers, check_periods, check_positive
@@ -46,7 +45,8 @@ class Preconditioner:
         model: The model, called as a whole in the training loop; what wrapped or compiled it, if something did, or a
             :class:`~natgrad.Distributed`. Construct after moving it to its device and before its first call.
         loss: ``"mse"``, ``"cross_entropy"``, ``"bce_with_logits"``, a torch loss module, or a
-            :class:`~natgrad.likelihoods.Likelihood`.
+            :class:`~natgrad.likelihoods.Likelihood`. For several outputs a dictionary or tuple of these by the outputs'
+            keys; a pair ``(number, loss)`` has what that one is multiplied by in their sum.
         damping: A number (added to the block: split between the factors with ``inverse="cholesky"``, otherwise
             exactly), a pair (added to A, added to G), or ``"auto"``: from the curvature, heavily where steps are given
             and lightly where :class:`~natgrad.KFAC` finds that its own hold on fresh data.
@@ -90,7 +90,7 @@ class Preconditioner:
     def __init__(
         self,
         model: nn.Module | Distributed,
-        loss: str | nn.Module | Likelihood | None = None,
+        loss: Declared = None,
         *,
         damping: float | tuple[float, float] | Literal["auto"] = "auto",
         kl_clip: float | None = None,
@@ -102,7 +102,7 @@ class Preconditioner:
         inverse_period: Period = "auto",
         batch_fraction: float | Literal["auto"] = "auto",
         sharing: Sharing | dict[str, Sharing] = "expand",
-        output: Callable[[Any], Tensor] | None = None,
+        output: Callable[[Any], Any] | None = None,
         seed: int = 0,
     ) -> None:
         self.loss = resolve(loss)
@@ -378,7 +378,7 @@ class Preconditioner:
         if likelihood is None or forward is None or forward.gradient is None:
             return None
         ranks = Ranks(self.world, batch.part, forward.output)
-        state, select = self._state(self.layers[0]), self.capture.select
+        state, select = self._state(self.layers[0]), self.capture.view
         local = partial(LocalModel, self.model, likelihood, select, forward, batch.terms, ranks, Trust(state).more)
         return LossMultiplier(state, local, forward, likelihood, batch.terms, ranks)
 

@@ -177,9 +177,7 @@ class LocalModel:
         """The tensor whose gradient was noted, and the one that the loss sees."""
         raw = rerun(self.model, {**self._gathered, **parameters}, self.args, self.kwargs, self.forward.chance)
         output = at_least_float32(self.rearrange(self.select(raw)))
-        if self.forward.returned is None:
-            return output, output
-        return at_least_float32(raw if self.forward.key is None else raw[self.forward.key]), output
+        return (output if self.forward.find is None else at_least_float32(self.forward.find(raw))), output
 
     def _scale(self, output: Tensor) -> float:
         """R for these data, as if they were the whole batch."""

@@ -89,8 +89,9 @@ class Refusals:
         if self.in_a_row == REFUSED:
             warnings.warn(
                 f"natgrad: {REFUSED} steps in a row were not taken, as none lowers the loss that `loss` and `output` "
-                "tell of. If the loop's is another, such as a sum over several outputs, declare that by a `Likelihood` "
-                'of your own, or use `fisher="empirical"` with numbers as `lr` and `momentum`.',
+                "tell of. If the loop's is another, such as a sum over several outputs, declare that: a dictionary of "
+                'losses by the keys of the outputs, or a `Likelihood` of your own. Or use `fisher="empirical"` with '
+                "numbers as `lr` and `momentum`.",
                 RuntimeWarning,
                 stacklevel=2,
             )

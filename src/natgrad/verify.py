@@ -17,11 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from natgrad.curvature import Block, curvature
 from natgrad.derivatives import directional_derivative
 from natgrad.layers import Layer, Sharing, at_least_float32
-from natgrad.losses import Loss, Weights, resolve
+from natgrad.losses import Declared, Loss, Weights, resolve
+from natgrad.outputs import View
 from natgrad.report import format_table
 
 # A layer with more parameters is sampled: its block alone takes 16 MB in float32 at this size. So is a batch with more
@@ -83,12 +85,12 @@ class Verification:
 def verify(
     model: nn.Module,
     x: Any,
-    y: Tensor,
-    loss: str | nn.Module,
+    y: Any,
+    loss: Declared,
     *,
     sharing: Sharing | dict[str, Sharing] = "expand",
     damping: float = 1e-3,
-    output: Callable[[Any], Tensor] | None = None,
+    output: Callable[[Any], Any] | None = None,
     max_parameters: int = MAX_PARAMETERS,
     max_outputs: int = MAX_OUTPUTS,
     seed: int = 0,
@@ -98,8 +100,8 @@ def verify(
     Args:
         model: The model. Put it into ``eval`` mode if its dropout is not meant.
         x: A batch of inputs, data first.
-        y: Its targets.
-        loss: As for :class:`~natgrad.Preconditioner`, a name or a torch loss module.
+        y: Its targets; of several outputs, by the keys of the losses.
+        loss: As for :class:`~natgrad.Preconditioner`: names, or torch loss modules.
         sharing: As there.
         damping: Of both blocks, relative to the mean eigenvalue of the exact one, where preconditioned gradients are
             compared.
@@ -121,11 +123,13 @@ def verify(
         >>> natgrad.verify(model, x, y, "mse").layers[0].verdict
         'exact'
     """
-    x, y, notes = _restrict(model, x, y, output, max_outputs)
+    meaning = resolve(loss)
+    view = View(output, meaning)
+    x, y, notes = _restrict(model, x, y, view, max_outputs)
     options: dict[str, Any] = {"fisher": "exact", "sharing": sharing, "output": output}
     kfac = curvature(model, x, y, loss, **options)
     ekfac = curvature(model, x, y, loss, **options, ekfac=True)
-    truth = Truth(model, resolve(loss), x, y, output or (lambda out: out))
+    truth = Truth(model, meaning, x, y, view)
     layers = {name: block.layer for name, block in kfac.items()}
     small = [layer for layer in layers.values() if kfac[layer.name].spectrum.numel() <= max_parameters]
     dense = truth.dense(small)
@@ -142,19 +146,16 @@ def verify(
     return Verification(reports, notes)
 
 
-def _restrict(
-    model: nn.Module, x: Any, y: Tensor, output: Callable[[Any], Tensor] | None, max_outputs: int
-) -> tuple[Any, Tensor, list[str]]:
+def _restrict(model: nn.Module, x: Any, y: Any, view: View, max_outputs: int) -> tuple[Any, Any, list[str]]:
     """As many of the first data as have no more than ``max_outputs`` output entries."""
     with torch.no_grad():
-        raw = model(x)
-    entries = (raw if output is None else output(raw)).numel()
+        entries = view(model(x)).numel()
     data = len(x)
     if entries <= max_outputs:
         return x, y, []
     kept = max(1, data * max_outputs // entries)
     note = f"The first {kept} of {data} data were used, as all of them have {entries:,} output entries."
-    return x[:kept], y[: kept * (len(y) // data)], [note]
+    return x[:kept], tree_map(lambda targets: targets[: kept * (len(targets) // data)], y), [note]
 
 
 class Truth:
@@ -168,7 +169,7 @@ class Truth:
         select: From the model's return value to the tensor that the loss sees.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, x: Any, y: Tensor, select: Callable[[Any], Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, x: Any, y: Any, select: Callable[[Any], Tensor]) -> None:
         self.model, self.loss, self.x, self.select = model, loss, x, select
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         with torch.enable_grad():

@@ -1,0 +1,158 @@
+"""The likelihood of several tensors with a loss each, as of a network with several heads.
+
+A weighted sum of losses is the negative log likelihood of their targets together, which are independent given the
+outputs: its Hessian has a block for each head, and no others. So everything that a likelihood gives is made head by
+head, for one tensor in which each datum's outputs stand side by side. With R_h what the loss of head h multiplies its
+criterion by (see :mod:`natgrad.likelihoods`) and w_h its weight, the criterion and its scale are
+
+    c = Σ_h F_h c_h,    F_h = w_h R_h / R,    R = 1 / N, or 1 if all losses are sums.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from natgrad.likelihoods import Likelihood
+
+
+class Part(NamedTuple):
+    """The loss of one head.
+
+    Attributes:
+        weight: What it is multiplied by in the sum.
+        likelihood: Its own.
+    """
+
+    weight: float
+    likelihood: Likelihood
+
+
+class Joint(Likelihood):
+    """A weighted sum of losses of several tensors.
+
+    The tensors may have any shapes; ``join`` remembers them, for ``split``.
+
+    Args:
+        parts: By the key of the head in what the model returns.
+
+    Raises:
+        ValueError: if some of the losses are sums over the data and others are not.
+    """
+
+    def __init__(self, parts: Mapping[Any, Part]) -> None:
+        sums = {part.likelihood.reduction == "sum" for part in parts.values()}
+        if len(sums) != 1:
+            raise ValueError(
+                "the losses of several outputs must all be sums over the data, or all means; not "
+                f"{', '.join(repr(part.likelihood) for part in parts.values()) or 'none at all'}."
+            )
+        super().__init__("sum" if sums.pop() else "batchmean")
+        self.parts = dict(parts)
+        self._shapes: list[torch.Size] = []
+
+    def __repr__(self) -> str:
+        parts = (f"{key!r}: {part.weight:g} * {part.likelihood!r}" for key, part in self.parts.items())
+        return f"Joint({', '.join(parts)})"
+
+    def heads(self, returned: Any) -> list[Tensor]:
+        """The tensors that have a loss, in what a model returned: by key, by place or by the name of an attribute.
+
+        Raises:
+            TypeError: if one of them is not there or is no tensor.
+            ValueError: if they cannot belong to their losses, or are not of the same data.
+        """
+        heads = [self._head(returned, key) for key in self.parts]
+        for (key, part), head in zip(self.parts.items(), heads, strict=True):
+            part.likelihood.check(head)
+            if len(head) != len(heads[0]):
+                raise ValueError(
+                    f"output {key!r} has {len(head)} rows and another with a loss {len(heads[0])}: all of them need "
+                    "the same data as their first dimension. Pass `output=` to rearrange them."
+                )
+        return heads
+
+    @staticmethod
+    def _head(returned: Any, key: Any) -> Tensor:
+        is_container = isinstance(returned, Mapping | tuple | list)
+        try:
+            head = returned[key] if is_container else getattr(returned, str(key))
+        except (KeyError, IndexError, TypeError, AttributeError):
+            head = None
+        if not isinstance(head, Tensor):
+            there = list(returned) if isinstance(returned, Mapping) else type(returned).__name__
+            raise TypeError(
+                f"`loss` tells of an output {key!r}, and the model returned {there}, with no such tensor: name the "
+                "losses as the outputs are named, or pass `output=`, which makes a dictionary of what is returned."
+            )
+        return head
+
+    def join(self, heads: Sequence[Tensor]) -> Tensor:
+        """The outputs of each datum side by side, (N, K)."""
+        self._shapes = [head.shape[1:] for head in heads]
+        return side_by_side(heads)
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """Each head's own, (N, *shape), of (N, K)."""
+        columns = joined.split([shape.numel() for shape in self._shapes], dim=1)
+        return [part.reshape(len(joined), *shape) for part, shape in zip(columns, self._shapes, strict=True)]
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Each head's own draw, times √F."""
+        return self._each(lambda one, F, f: F**0.5 * one.sample(f, generator), output)
+
+    def columns(self, output: Tensor) -> Iterator[Tensor]:
+        """Each head's own columns, times √F, with zeros at the others."""
+        zeros = [torch.zeros_like(head) for head in self.split(output)]
+        for number, (likelihood, F, head) in enumerate(self._scaled(output)):
+            for column in likelihood.columns(head):
+                yield side_by_side([*zeros[:number], F**0.5 * column, *zeros[number + 1 :]])
+
+    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        """Each head's own, times F."""
+        return self._each(lambda one, F, f, v: F * one.hessian_product(f, v), output, vector)
+
+    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
+        """Σ F times each head's own; (N, 1)."""
+        each = self._each(lambda one, F, f, m: F * one.divergence(f, m), output, moved)
+        return each.sum(dim=1, keepdim=True)
+
+    def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
+        """Each head's own, times F."""
+        return self._each(lambda one, F, f, m: F * one.gradient_change(f, m), output, moved)
+
+    def reach(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        """Each head's own, times F; None if one of them is unbounded, as its weight may be another than the others'."""
+        reaches = []
+        for (likelihood, F, head), g in zip(self._scaled(output), self.split(gradient), strict=True):
+            own = likelihood.reach(head, g)
+            if own is None:
+                return None
+            reaches.append(F * own)
+        return side_by_side(reaches)
+
+    def criteria(self, output: Tensor) -> int:
+        """One per datum."""
+        return len(output)
+
+    def check_gradient(self, gradient: Tensor) -> None:
+        """Let each head's likelihood check its own."""
+        for part, own in zip(self.parts.values(), self.split(gradient), strict=True):
+            part.likelihood.check_gradient(own)
+
+    def _scaled(self, output: Tensor) -> Iterator[tuple[Likelihood, float, Tensor]]:
+        """Each head with its likelihood and F."""
+        for (weight, likelihood), head in zip(self.parts.values(), self.split(output), strict=True):
+            yield likelihood, weight * likelihood.scale(likelihood.terms(head)) / self.scale(len(output)), head
+
+    def _each(self, function: Callable[..., Tensor], output: Tensor, *others: Tensor) -> Tensor:
+        """What a function of likelihood, F, head and the same head's part of others makes, side by side."""
+        rest = [self.split(other) for other in others]
+        made = [function(*scaled, *own) for scaled, *own in zip(self._scaled(output), *rest, strict=True)]
+        return side_by_side(made)
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors (N, …) as one, (N, K)."""
+    return torch.cat([tensor.flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1) for tensor in tensors], dim=1)

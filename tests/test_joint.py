@@ -1,0 +1,342 @@
+"""Several outputs with a loss each: against automatic differentiation of their sum, and against one output."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import jacrev
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+
+import natgrad
+from natgrad.joint import Joint, Part
+from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+from natgrad.losses import resolve
+from natgrad.outputs import View
+from oracle import relative_error
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+DATA = 4
+DECLARED = {"class": "cross_entropy", "size": (0.3, "mse"), "mask": (2, nn.BCEWithLogitsLoss())}
+
+
+def several(seed: int = 0, data: int = DATA) -> dict[str, Tensor]:
+    """Logits of three classes at two positions, a number, and two times two logits."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"class": (data, 3, 2), "size": (data,), "mask": (data, 2, 2)}
+    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+
+def targets(data: int = DATA) -> dict[str, Tensor]:
+    drawn = several(1, data)
+    return {"class": drawn["class"].argmax(1), "size": drawn["size"], "mask": (drawn["mask"] > 0).double()}
+
+
+def loss(outputs: dict[str, Tensor], y: dict[str, Tensor]) -> Tensor:
+    """The sum that is declared above, as a training loop computes it."""
+    number, mask = mse_loss(outputs["size"], y["size"]), binary_cross_entropy_with_logits(outputs["mask"], y["mask"])
+    return cross_entropy(outputs["class"], y["class"]) + 0.3 * number + 2 * mask
+
+
+def joined(outputs: dict[str, Tensor]) -> tuple[Joint, Tensor]:
+    likelihood = resolve(DECLARED).likelihood
+    assert isinstance(likelihood, Joint)
+    return likelihood, likelihood.join(likelihood.heads(outputs))
+
+
+def of_joined(likelihood: Joint, f: Tensor) -> Tensor:
+    return loss(dict(zip(likelihood.parts, likelihood.split(f), strict=True)), targets())
+
+
+def test_the_hessian_is_that_of_the_sum() -> None:
+    """Each weight and each reduction counts; no column reaches another datum or another head."""
+    likelihood, f = joined(several())
+    n = f.numel()
+    expected = jacrev(jacrev(lambda f: of_joined(likelihood, f)))(f).reshape(n, n)
+    R = likelihood.scale(likelihood.terms(f))
+    products = torch.stack([likelihood.hessian_product(f, e.reshape(f.shape)).flatten() for e in torch.eye(n)])
+    assert relative_error(R * products, expected) < 1e-12
+    columns = torch.stack(list(likelihood.columns(f)))
+    assert len(columns) == f.shape[1]
+    per_datum = torch.einsum("knd,kne->nde", columns, columns)
+    assert relative_error(R * torch.block_diag(*per_datum), expected) < 1e-12
+
+
+def test_second_moment_of_the_samples_is_the_hessian() -> None:
+    """Also catches one draw for two heads."""
+    likelihood, one = joined({key: head[:1] for key, head in several().items()})
+    M = 40_000
+    draws = likelihood.sample(one.expand(M, -1), torch.Generator().manual_seed(0))
+    columns = torch.stack(list(likelihood.columns(one))).flatten(1)
+    bound = 15 * max(1.0, float(columns.square().sum(0).max())) / M**0.5
+    assert (draws.T @ draws / M - columns.T @ columns).abs().max() < bound
+
+
+def test_divergence_and_gradient_make_the_exact_change() -> None:
+    likelihood, f = joined(several())
+    moved = f + several(2)["size"][:, None]
+    R = likelihood.scale(likelihood.terms(f))
+    gradient, after = (torch.func.grad(lambda f: of_joined(likelihood, f))(at) for at in (f, moved))
+    change = torch.sum(gradient * (moved - f)) + R * likelihood.divergence(f, moved).sum()
+    assert torch.allclose(change, of_joined(likelihood, moved) - of_joined(likelihood, f), atol=1e-12)
+    assert torch.allclose(R * likelihood.gradient_change(f, moved), after - gradient, atol=1e-12)
+
+
+def test_the_reach_is_that_of_every_head() -> None:
+    """None, as soon as one is unbounded: its weight in the loop may be another."""
+    outputs = several()
+    likelihood, f = joined(outputs)
+    assert likelihood.reach(f, f) is None
+    bounded = Joint({"class": Part(1.0, Categorical()), "mask": Part(2.0, Bernoulli())})
+    f = bounded.join(bounded.heads(outputs))
+    y = targets()
+    heads = [outputs[key].requires_grad_() for key in ("class", "mask")]
+    value = cross_entropy(heads[0], y["class"]) + 2 * binary_cross_entropy_with_logits(heads[1], y["mask"])
+    gradient = bounded.join(torch.autograd.grad(value, heads))
+    reach = bounded.reach(f.detach(), gradient)
+    assert reach is not None
+    ratio = gradient.abs() / (bounded.scale(DATA) * reach)
+    assert (ratio < 1 + 1e-12).all()
+    for own in bounded.split(ratio):  # labels are at their bound
+        assert own.max().item() == pytest.approx(1)
+    assert torch.allclose(bounded.split(ratio)[1], torch.ones(()))
+
+
+# A network with several heads.
+
+
+class Heads(nn.Module):
+    """A body with three heads, whose outputs a function of the test's arranges."""
+
+    def __init__(self, arrange: Callable[[dict[str, Tensor]], Any] = dict) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(5, 7), nn.Tanh())
+        self.heads = nn.ModuleDict({key: nn.Linear(7, head[0].numel()) for key, head in several().items()})
+        self.arrange = arrange
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.body(x)
+        shapes = {key: (len(x), *head.shape[1:]) for key, head in several().items()}
+        return self.arrange({key: head(h).reshape(shapes[key]) for key, head in self.heads.items()})
+
+
+def side_by_side(outputs: dict[str, Tensor]) -> Tensor:
+    return torch.cat([outputs["class"].flatten(1), outputs["size"][:, None], outputs["mask"].flatten(1)], 1)
+
+
+def apart(row: Tensor) -> dict[str, Tensor]:
+    return {"class": row[:, :6].unflatten(1, (3, 2)), "size": row[:, 6], "mask": row[:, 7:].unflatten(1, (2, 2))}
+
+
+def train(model: nn.Module, see: Callable[[Any], dict[str, Tensor]], steps: int = 4, **settings: Any) -> Tensor:
+    """The losses of some steps on more data than the quadratic model takes."""
+    data, losses = 150, []
+    x, y = torch.randn(data, 5, generator=torch.Generator().manual_seed(3)), targets(data)
+    optimizer = natgrad.KFAC(model, **{"loss": DECLARED, **settings})
+    for _ in range(steps):
+        optimizer.zero_grad()
+        value = loss(see(model(x)), y)
+        value.backward()
+        optimizer.step()
+        losses.append(value.detach())
+    return torch.stack(losses)
+
+
+WAYS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], Callable[[Any], dict[str, Tensor]], dict[str, Any]]] = {
+    "tuple": (
+        lambda o: tuple(o.values()),
+        lambda out: dict(zip(DECLARED, out, strict=True)),
+        {"loss": tuple(DECLARED.values())},
+    ),
+    "object": (lambda o: SimpleNamespace(**o), vars, {}),
+    "object and function": (lambda o: SimpleNamespace(**o), vars, {"output": vars}),
+    "renamed": (
+        lambda o: {"a": o["class"], "b": o["size"], "c": o["mask"]},
+        lambda out: dict(zip(DECLARED, out.values(), strict=True)),
+        {"output": lambda out: dict(zip(DECLARED, out.values(), strict=True))},
+    ),
+    "one tensor": (side_by_side, apart, {"output": apart}),
+    "classes last": (
+        lambda o: {**o, "class": o["class"].mT},
+        lambda out: {**out, "class": out["class"].mT},
+        {"output": lambda out: {**out, "class": out["class"].mT}},
+    ),
+    "two of three in one": (
+        lambda o: (o["mask"], side_by_side(o)[:, :7]),
+        lambda out: {**apart(torch.cat([out[1], out[0].flatten(1)], 1))},
+        {"output": lambda out: apart(torch.cat([out[1], out[0].flatten(1)], 1))},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_does_not_matter_how_the_outputs_are_returned(way: str) -> None:
+    arrange, see, settings = WAYS[way]
+    expected = train(Heads(), dict)
+    assert expected[-1] < expected[0]
+    assert torch.allclose(train(Heads(arrange), see, **settings), expected, rtol=1e-9)
+
+
+def test_several_squared_errors_are_one_of_all_entries() -> None:
+    """2 · mean over two entries + 3 · mean over three = the sum over five."""
+
+    def run(model: nn.Module, loss: Any, split: Callable[[Any], tuple[Tensor, Tensor]]) -> Tensor:
+        x, y = torch.randn(200, 4, generator=torch.Generator().manual_seed(1)), several(2, 200)
+        optimizer = natgrad.KFAC(model, loss=loss, fisher="exact")
+        for _ in range(4):
+            optimizer.zero_grad()
+            a, b = split(model(x))
+            (2 * mse_loss(a, y["mask"][:, 0]) + 3 * mse_loss(b, y["class"][..., 0])).backward()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    class Two(nn.Module):
+        def __init__(self, together: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net, self.together = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)), together
+
+        def forward(self, x: Tensor) -> Any:
+            out = self.net(x)
+            return out if self.together else out.split([2, 3], dim=1)
+
+    one = run(Two(True), Gaussian("batchmean", half=False), lambda out: out.split([2, 3], dim=1))
+    assert torch.allclose(run(Two(False), ((2, "mse"), (3, "mse")), tuple), one, rtol=1e-8, atol=1e-12)
+
+
+def test_a_tensor_joined_of_several_is_one_output() -> None:
+    """The gradient of the user's loss arrives at the parts, and is noted there."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(5, 1), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x).squeeze(1), self.b(x)
+
+    x, y = torch.randn(150, 5, generator=torch.Generator().manual_seed(1)), torch.ones(150, 5)
+    model = Pair()
+    optimizer = natgrad.KFAC(model, "mse", output=lambda out: torch.cat([out[0][:, None], out[1]], 1))
+    for _ in range(6):
+        optimizer.zero_grad()
+        a, b = model(x)
+        value = ((a - y[:, 0]).square().sum() + (b - y[:, 1:]).square().sum()) / y.numel()
+        value.backward()
+        optimizer.step()
+    assert value < 1e-3
+
+
+def test_micro_batches_are_one_batch() -> None:
+    """Up to the noise of sampled curvature, of which there is none with ``exact``."""
+    model, halves = Heads(), Heads()
+    x, y = torch.randn(60, 5, generator=torch.Generator().manual_seed(3)), targets(60)
+    optimizers = [natgrad.KFAC(m, DECLARED, fisher="exact", lr=0.1, damping=0.1) for m in (model, halves)]
+    loss(model(x), y).backward()
+    for half in (slice(30), slice(30, None)):
+        (loss(halves(x[half]), {key: of[half] for key, of in y.items()}) / 2).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    for whole, split in zip(model.parameters(), halves.parameters(), strict=True):
+        assert torch.allclose(whole, split, rtol=1e-9, atol=1e-12)
+
+
+def test_a_head_may_have_no_loss_in_a_step() -> None:
+    """Tasks that take turns."""
+    model = Heads()
+    optimizer = natgrad.KFAC(model, DECLARED)
+    x, y = torch.randn(60, 5, generator=torch.Generator().manual_seed(3)), targets(60)
+
+    def losses() -> tuple[Tensor, Tensor]:
+        out = model(x)
+        return cross_entropy(out["class"], y["class"]), 0.3 * mse_loss(out["size"], y["size"])
+
+    before = losses()
+    for step in range(6):
+        optimizer.zero_grad()
+        losses()[step % 2].backward()
+        optimizer.step()
+    assert all(after < 0.95 * first for after, first in zip(losses(), before, strict=True))
+
+
+def test_curvature_is_verified_for_several_outputs() -> None:
+    """A linear network: the blocks of one datum are exact; the targets come by the same keys."""
+    model = Heads().eval()
+    x, y = torch.randn(1, 5), targets(1)
+    report = natgrad.verify(model, x, y, DECLARED)
+    assert [layer.verdict for layer in report.layers] == ["exact"] * 4
+    some = natgrad.verify(model, torch.randn(9, 5), targets(9), DECLARED, max_outputs=23)
+    assert some.notes == ["The first 2 of 9 data were used, as all of them have 99 output entries."]
+
+
+# Where the gradient arrives.
+
+
+def origins(raw: Any, function: Callable[[Any], Any] | None) -> list[Tensor]:
+    view = View(function, resolve("mse"))
+    return view.origins(raw, view.heads(raw))[0]
+
+
+def test_the_gradient_arrives_at_the_nearest_tensors_that_were_returned() -> None:
+    """Not at features from which a returned tensor was made: what arrives there went through that tensor."""
+    features = torch.randn(3, 2, requires_grad=True) * 2
+    logits, others = features @ torch.randn(2, 4), features + 1
+    (one,) = origins((features, logits, others), lambda out: out[1].mT.mT * 3)
+    assert one is logits
+    both = origins({"f": features, "l": [logits, others]}, lambda out: torch.cat(out["l"], 1))
+    assert [id(tensor) for tensor in both] == [id(logits), id(others)]
+    made = (features @ torch.randn(2, 2)).sin()
+    (unknown,) = origins(object(), lambda _: made)
+    assert unknown is made
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("declared", "error", "text"),
+    [
+        ({}, ValueError, "not none at all"),
+        ({"a": "mse", "b": nn.MSELoss(reduction="sum")}, ValueError, "must all be sums over the data, or all means"),
+        ({"a": (0.0, "mse")}, ValueError, "`loss` of output 'a' must be a loss or a pair of a positive number"),
+        ({"a": ("mse", "mse")}, ValueError, "`loss` of output 'a' must be a loss or a pair of a positive number"),
+        (["mse", None], TypeError, "`loss` of output 1 must be the loss of one tensor, not None"),
+        ({"a": {"b": "mse"}}, TypeError, "`loss` of output 'a' must be the loss of one tensor"),
+        ({"a": "l1"}, ValueError, "`loss='l1'` is not known"),
+        ({"a": nn.CrossEntropyLoss(weight=torch.ones(3))}, ValueError, "natgrad does not see the targets"),
+        ((0.5, "mse"), TypeError, "of output 0 must be the loss of one tensor, not 0.5"),
+    ],
+)
+def test_losses_that_cannot_be_declared_together(declared: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as raised:
+        resolve(declared)
+    assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "text"),
+    [
+        ({"class": torch.zeros(4, 3)}, TypeError, "output 'size', and the model returned ['class'], with no such"),
+        ([torch.zeros(4, 3)], TypeError, "output 'class', and the model returned list, with no such tensor"),
+        (torch.zeros(4, 3), TypeError, "output 'class', and the model returned Tensor, with no such tensor"),
+        ({**several(), "size": 3.0}, TypeError, "an output 'size'"),
+        ({**several(), "class": torch.zeros(4)}, ValueError, "needs logits of shape (N, classes, …)"),
+        ({**several(), "size": torch.zeros(8)}, ValueError, "output 'size' has 8 rows and another with a loss 4"),
+    ],
+)
+def test_outputs_that_are_not_as_declared(returned: Any, error: type[Exception], text: str) -> None:
+    likelihood = resolve(DECLARED).likelihood
+    assert isinstance(likelihood, Joint)
+    with pytest.raises(error) as raised:
+        likelihood.heads(returned)
+    assert text in str(raised.value)
+
+
+def test_it_is_told_by_its_name() -> None:
+    told = repr(Joint({"a": Part(0.5, Gaussian()), 1: Part(1.0, Poisson())}))
+    assert told == "Joint('a': 0.5 * Gaussian(reduction='mean'), 1: 1 * Poisson(reduction='mean'))"
