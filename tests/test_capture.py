@@ -1,5 +1,6 @@
 """Capture: what is watched, what is drawn, which data enter, and what is refused. The oracle checks the numbers."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,68 @@ def test_a_layer_called_on_its_own_is_not_captured() -> None:
     preconditioner = natgrad.Preconditioner(network(), "mse")
     preconditioner.model[0](torch.randn(5, 3))
     assert preconditioner.capture.batch == empty(preconditioner)
+
+
+def trained(evaluate: Callable[[nn.Module, str], None]) -> list[Tensor]:
+    """Parameters after some steps of two micro-batches, with a look at other data wherever somebody may take one."""
+    model, x = network(), torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
+    optimizer = natgrad.KFAC(model, "mse")
+    for step in range(4):
+        optimizer.zero_grad()
+        for number, part in enumerate(x.chunk(2)):
+            (mse_loss(model(part), part[:, :2].sin()) / 2).backward()
+            if step or number:  # before any gradient has arrived, a pass may be one of which none will be heard
+                evaluate(model, "after a backward pass")
+        optimizer.step()
+        evaluate(model, "after a step")
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("place", ["after a backward pass", "after a step"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_evaluation_with_gradients_is_none_without_a_backward_pass(place: str, times: int) -> None:
+    """As of a target that is detached. Catches statistics, draws and a divisor that count it."""
+    others = torch.randn(7, 3)
+
+    def evaluate(model: nn.Module, here: str) -> None:
+        for _ in range(times if here == place else 0):
+            mse_loss(model(others), model(others).detach()).item()
+
+    torch.testing.assert_close(trained(evaluate), trained(lambda *_: None), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "forward"])
+@pytest.mark.parametrize("fraction", [0.2, 1.0])
+def test_a_graph_is_freed_with_its_output(fisher: str, fraction: float) -> None:
+    """Catches circles, in which it waits for the garbage collector, with all that was saved for a backward pass."""
+    preconditioner = natgrad.Preconditioner(network(), "mse", fisher=fisher, batch_fraction=fraction)
+    gc.disable()
+    try:
+        output = preconditioner.model(torch.randn(40, 3))
+        ears = preconditioner.capture.batch.ears
+        assert [ear.is_deaf for ear in ears] == [False]
+        del output
+        assert [ear.is_deaf for ear in ears] == [True]
+    finally:
+        gc.enable()
+
+
+def test_passes_that_wait_for_one_backward_pass_count_together() -> None:
+    """Even where the first of their outputs is only kept by the loss."""
+    model, whole, x = network(), network(), torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
+    optimizers = [natgrad.KFAC(m, "mse", fisher="exact", lr=0.1, momentum=0.9, damping=0.1) for m in (model, whole)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        total = torch.zeros(())
+        for part in x.chunk(4):
+            total = total + model(part).square().mean() / 4
+        total.backward()
+        whole(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_while_disabled_forwards_are_counted_and_statistics_are_not_gathered() -> None:
@@ -162,7 +225,7 @@ def test_every_step_micro_batch_sample_and_seed_draws_anew() -> None:
         recorder = Recorder()
         preconditioner = natgrad.Preconditioner(network(), recorder, mc_samples=2, seed=seed)
         for _ in range(3):
-            preconditioner.model(x)  # a micro-batch more
+            _waiting = preconditioner.model(x)  # a micro-batch more
             take_step(preconditioner, x)
         drawn += recorder.drawn
     assert len(drawn) == 24

@@ -14,6 +14,7 @@ import natgrad
 from cases import TOLERANCE, assert_blocks, dense_block
 from linear_cases import stack
 from natgrad.likelihoods import MeanVariance
+from natgrad.losses import resolve
 from oracle import kfac_block, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -103,6 +104,12 @@ CASES: dict[str, Case] = {
     "bce, both": Case(bernoulli(weight=weights(), pos_weight=weights() * 2), lambda: (torch.rand(7, 4),)),
     "mse": Case(lambda reduction: nn.MSELoss(reduction=reduction), lambda: (torch.randn(7, 4),)),
     "mse, positions": Case(lambda reduction: nn.MSELoss(reduction=reduction), lambda: (torch.randn(3, 5, 4),), same, 5),
+    "huber, small errors": Case(
+        lambda reduction: nn.HuberLoss(reduction=reduction, delta=30.0), lambda: (torch.randn(7, 4),)
+    ),
+    "smooth l1, small errors": Case(
+        lambda reduction: nn.SmoothL1Loss(reduction=reduction, beta=30.0), lambda: (torch.randn(7, 4),)
+    ),
     "poisson, logarithm": Case(
         lambda reduction: nn.PoissonNLLLoss(reduction=reduction), lambda: (torch.randint(5, (7, 4)).double(),)
     ),
@@ -161,6 +168,78 @@ def test_nll_after_log_softmax_is_cross_entropy(options: dict[str, Any], reducti
     plain = nn.CrossEntropyLoss(reduction=reduction, **options)
     expected = {n: kfac_block(model, n, x, y, plain) for n in LAYERS}
     assert_blocks(blocks_of(nn.Sequential(*model, nn.LogSoftmax(1)), told, lambda m: told(m(x), y)), expected)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "batchmean"])
+@pytest.mark.parametrize("log_target", [True, False])
+def test_divergence_after_log_softmax_is_cross_entropy_with_soft_targets(log_target: bool, reduction: str) -> None:
+    torch.manual_seed(0)
+    (model, x), q = network(None, 7), soft(7, 4)
+    divided = {"sum": 1, "batchmean": 7}[reduction]
+    told = nn.KLDivLoss(reduction=reduction, log_target=log_target)
+    expected = {
+        n: kfac_block(model, n, x, q, lambda f, q: cross_entropy(f, q, reduction="sum") / divided) for n in LAYERS
+    }
+    target = q.log() if log_target else q
+    assert_blocks(blocks_of(nn.Sequential(*model, nn.LogSoftmax(1)), told, lambda m: told(m(x), target)), expected)
+
+
+ROBUST = [nn.HuberLoss(delta=0.4), nn.SmoothL1Loss(beta=0.3), nn.L1Loss(), nn.SmoothL1Loss(beta=0.0)]
+
+
+@pytest.mark.parametrize("module", ROBUST, ids=str)
+def test_the_parabola_of_a_robust_loss_touches_it_from_above(module: nn.Module) -> None:
+    """At the error and, as both are even, at its opposite; nowhere does it lie below."""
+    loss = resolve(copy.deepcopy(module))
+    assert loss.weigh is not None
+    errors = torch.cat([torch.linspace(-3, -0.5, 30), torch.linspace(0.5, 3, 30)])  # beyond any kink
+    curvature, terms = loss.weigh(module, errors, (torch.zeros_like(errors),))
+    assert terms.sum() == len(errors)
+    each = copy.deepcopy(module)
+    each.reduction = "none"
+
+    def value(error: Tensor) -> Tensor:
+        return each(error, torch.zeros_like(error))
+
+    slope = torch.func.grad(lambda error: value(error).sum())(errors)
+    for moved in (-errors, *torch.linspace(-4, 4, 41).unsqueeze(1)):
+        parabola = value(errors) + slope * (moved - errors) + curvature * (moved - errors) ** 2 / 2
+        assert (parabola >= value(moved.expand_as(errors)) - 1e-12).all()
+    assert torch.allclose(value(errors) - 2 * slope * errors + 2 * curvature * errors**2, value(-errors))
+
+
+def test_the_curvature_of_an_absolute_error_is_bounded() -> None:
+    """By that at a tenth of the mean error."""
+    loss = resolve(module := nn.L1Loss())
+    assert loss.weigh is not None
+    curvature, _ = loss.weigh(module, torch.tensor([0.0, 0.05, -1.0, 2.95]), (torch.zeros(4),))
+    assert curvature.tolist() == pytest.approx([10, 10, 1, 1 / 2.95])
+    assert loss.weigh(module, torch.zeros(4), (torch.zeros(4),)).curvature.isfinite().all()
+
+
+@pytest.mark.parametrize("module", ROBUST, ids=str)
+def test_robust_losses_train_where_some_targets_are_far_off(module: nn.Module) -> None:
+    """The parabola's curvature is bounded where an error is zero, and outliers do not count by their square."""
+    torch.manual_seed(0)
+    model, x = network(None, 200)
+    y = torch.stack([x[:, 0].sin(), x[:, 1] * x[:, 2], x[:, 0], torch.zeros(200)], 1)
+    far = y.clone()
+    far[::10] += 50
+    optimizer = natgrad.KFAC(model, loss=module)
+    for _ in range(40):
+        optimizer.zero_grad()
+        module(model(x), far).backward()
+        optimizer.step()
+    kept = torch.arange(200) % 10 > 0
+    assert (model(x) - y)[kept].abs().mean() < 0.2
+
+
+def test_what_is_no_logarithm_of_probabilities_is_refused() -> None:
+    (model, x), told = network(None, 7), nn.KLDivLoss(reduction="batchmean")
+    with pytest.raises(
+        ValueError, match=r"needs logarithms of probabilities.*of shape \(7, 4\) whose probabilities do"
+    ):
+        blocks_of(model, told, lambda m: told(m(x), soft(7, 4)))
 
 
 @every_reduction
@@ -295,15 +374,13 @@ def test_monte_carlo_has_the_weights_too(name: str) -> None:
     ("told", "error", "text"),
     [
         (nn.CrossEntropyLoss(reduction="none"), ValueError, "reduce with 'mean' or 'sum'"),
-        (
-            nn.HuberLoss(),
-            ValueError,
-            "natgrad knows MSELoss, Cross.*pass a `natgrad.likelihoods.Likelihood`",
-        ),
+        (nn.KLDivLoss(), ValueError, "reduce with 'batchmean'"),
+        (nn.SoftMarginLoss(), ValueError, "natgrad knows MSELoss, Cross.*pass a `natgrad.likelihoods.Likelihood`"),
+        (nn.BCELoss(), ValueError, "that returns probabilities return the logits, for BCEWithLogitsLoss. For another"),
         ("hinge", ValueError, "is not known: use one of 'mse', 'cross_entropy', 'bce_with_logits'"),
         (cross_entropy, TypeError, "must be a name, a torch loss module or a"),
     ],
-    ids=["no reduction", "huber", "name", "function"],
+    ids=["no reduction", "divergence", "margin", "probabilities", "name", "function"],
 )
 def test_losses_that_are_refused(told: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):

@@ -77,7 +77,7 @@ def test_an_automatic_rate_without_a_forward_pass_says_so() -> None:
 
 
 def test_a_forward_pass_that_is_not_trained_on_is_named() -> None:
-    """As for a metric between `backward` and `step`; under `no_grad` it does no harm."""
+    """As for a metric between `backward` and `step`; under `no_grad`, or if nothing is left of it, it does no harm."""
     optimizer = natgrad.KFAC(network(), "mse")
     model = optimizer.preconditioner.model
     backward(model, 0)
@@ -86,6 +86,9 @@ def test_a_forward_pass_that_is_not_trained_on_is_named() -> None:
     optimizer.step()
     backward(model, 0)
     model(batch(1)[0])
+    optimizer.step()
+    backward(model, 0)
+    _kept = model(batch(1)[0])
     with pytest.raises(RuntimeError, match=r"latest forward pass .* had no backward pass. Call .*`torch.no_grad\(\)`"):
         optimizer.step()
 

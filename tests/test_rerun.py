@@ -319,3 +319,42 @@ def test_batch_statistics_do_not_keep_the_model_of_the_loss_from_few_data() -> N
     seen = sizes_seen(model)
     trained(model, torch.randn(DATA, 4))
     assert set(seen) == {DATA, KEPT}
+
+
+class Forces(nn.Module):
+    """How an energy falls along each of its inputs; these are told to require gradients by the caller, or in here."""
+
+    def __init__(self, is_told: bool) -> None:
+        super().__init__()
+        self.is_told = is_told
+        torch.manual_seed(0)
+        self.energy = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.is_told else x.requires_grad_()
+        return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+@pytest.mark.parametrize("kept", [KEPT, DATA])
+def test_a_network_that_differentiates_itself(is_told: bool, kept: int, with_few: pytest.MonkeyPatch) -> None:
+    """The quadratic model needs no gradients, and the network does; what it says of a step on all data is exact."""
+    with_few.setattr(quadratic, "MIN_DATA", kept)
+    model = Forces(is_told)
+    seen = sizes_seen(model)
+    optimizer = natgrad.KFAC(model, "mse")
+    x = torch.randn(DATA, 3)
+    y = -x.sin()
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = mse_loss(model(x.clone().requires_grad_(is_told)), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if kept == DATA:
+            told = optimizer.diagnostics(per_layer=False)["actual_change"]
+            after = mse_loss(model(x.clone().requires_grad_(is_told)), y).item()
+            assert told == pytest.approx(after - losses[-1], abs=1e-10)
+    assert losses[-1] < 0.5 * losses[0]
+    assert seen[-1] == kept

@@ -5,6 +5,7 @@ make A and G in units of the loss.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -91,6 +92,24 @@ class Sample:
 
 
 @dataclass
+class Ear:
+    """Whether a gradient of the user's loss arrived at the output of a forward pass, or still may.
+
+    Attributes:
+        heard: It did.
+        hooks: What waits for it. Only the graph keeps these.
+    """
+
+    heard: bool = False
+    hooks: list[weakref.ref[Any]] = field(default_factory=list)
+
+    @property
+    def is_deaf(self) -> bool:
+        """None came and none can come, as the graph is gone."""
+        return not self.heard and all(hook() is None for hook in self.hooks)
+
+
+@dataclass
 class Forward:
     """One forward pass of the model.
 
@@ -106,6 +125,7 @@ class Forward:
         seed: Of the order in which data are chosen, see :func:`shuffled`.
         chance: The random streams before it, if it drew from them.
         multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
+        ear: Tells whether a gradient arrived or may arrive.
     """
 
     args: tuple[Any, ...]
@@ -119,6 +139,7 @@ class Forward:
     seed: int = 0
     chance: Chance | None = None
     multiplier: Tensor | None = None
+    ear: "Ear" = field(default_factory=lambda: Ear())
 
     def listen(self, origins: Sequence[Tensor]) -> None:
         """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over.
@@ -126,20 +147,21 @@ class Forward:
         Args:
             origins: Where it arrives; side by side, if at several tensors.
         """
-        if len(origins) == 1:
-            origins[0].register_hook(self.note)
-            return
         ends = list(accumulate(origin.shape[1:].numel() for origin in origins))
         for origin, start, end in zip(origins, [0, *ends], ends, strict=False):
             if origin.requires_grad:
-                origin.register_hook(partial(self.note_some, ends[-1], slice(start, end)))
+                hook = partial(self.note_some, ends[-1], slice(start, end)) if len(origins) > 1 else partial(self.note)
+                origin.register_hook(hook)
+                self.ear.hooks.append(weakref.ref(hook))
 
     def note(self, gradient: Tensor) -> None:
         """Keep a gradient that has come."""
+        self.ear.heard = True
         self.gradient = at_least_float32(gradient.detach())
 
     def note_some(self, width: int, columns: slice, gradient: Tensor) -> None:
         """Keep what has come at one of several tensors; where none comes, the loss does not depend on it."""
+        self.ear.heard = True
         some = at_least_float32(side_by_side([gradient.detach()]))
         if self.gradient is None:
             self.gradient = some.new_zeros(len(some), width)
@@ -185,6 +207,7 @@ class Batch:
         data: Number of data, summed over the forwards.
         terms: What the loss's reduction divides by, summed over the forwards.
         latest: The latest forward.
+        ears: Of all forwards.
         spectra: Per layer name with a basis, the sum over data of the squared gradients in it.
         samples: Per layer name, data with the gradients of the user's loss.
         multiplier: What the user's gradients at the output are divided by, to be those of the declared loss.
@@ -199,6 +222,7 @@ class Batch:
     data: int = 0
     terms: float = 0.0
     latest: Forward | None = None
+    ears: list[Ear] = field(default_factory=list)
     spectra: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     multiplier: float = 1.0
@@ -346,22 +370,6 @@ def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every entry is finite, with a single synchronization; both extremes are NaN where an entry is."""
     extremes = [extreme for t in tensors if t.numel() for extreme in torch.aminmax(t.detach())]
     return bool(torch.stack([extreme.isfinite() for extreme in extremes]).all())
-
-
-def one_position_each(column: Tensor, data: int) -> Iterator[Tensor]:
-    """A vector with one entry on in each row, split where the loss got several rows a datum, positions flattened.
-
-    The positions of a datum may interact, and their vectors would mix if they were switched on together.
-    """
-    positions = column.shape[0] // data if column.shape[0] % data == 0 else 1
-    if positions == 1:
-        yield column
-        return
-    rows = column.unflatten(0, (data, positions))
-    for position in range(positions):
-        only = torch.zeros_like(rows)
-        only[:, position] = rows[:, position]
-        yield only.flatten(0, 1)
 
 
 def is_there(gradient: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ arrive during the user's ``backward()``. So do, at the edges, the samples that t
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Call, Fisher, Forward, full_precision, is_there, one_position_each, shuffled
+from natgrad.batch import Batch, Call, Fisher, Forward, full_precision, is_there, shuffled
 from natgrad.chance import Chance
 from natgrad.distributed import World
 from natgrad.factors import Statistics, share_needed
@@ -31,6 +31,7 @@ from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled, 
 from natgrad.losses import Loss, Weights
 from natgrad.outputs import View
 from natgrad.rerun import again, few, stands_for
+from natgrad.vectors import vectors
 
 
 class Capture:
@@ -76,6 +77,7 @@ class Capture:
         self.sampling = False  # whether the user's own gradients of some data are kept as well
         self.attached = self.enabled = True
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
+        self._hears = False  # whether a gradient of the user's loss has ever arrived
         self.step = self._forward_seed = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
         self.batch = Batch(loss, fisher)
@@ -112,6 +114,15 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Passes of the model in here are natgrad's own, and not looked at, even where they need gradients."""
+        attached, self.attached = self.attached, False
+        try:
+            yield
+        finally:
+            self.attached = attached
+
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: in a model copied alone the hooks are nobody's."""
         return {"attached": False, "_calls": None}
@@ -146,6 +157,7 @@ class Capture:
                 f"the loss module given to natgrad, {self.loss.module!r}, was not called with the model's output: call "
                 "that very module in the training loop, as natgrad learns from it which targets count and how much."
             )
+        self._drop_what_was_evaluated()
         self._put_aside()
         batch, self._earlier = self._earlier, None
         assert batch is not None
@@ -156,6 +168,7 @@ class Capture:
             return
         if not self.attached:
             return
+        self._drop_what_was_evaluated()
         if self.batch.latest is not None and self.batch.latest.gradient is not None:
             self._put_aside()
         self._drop_what_lost_its_gradient()
@@ -233,8 +246,8 @@ class Capture:
         self._gather(forward, [])
 
     def _gather(self, forward: Forward, origins: Sequence[Tensor]) -> None:
+        part = self._part(forward) if forward.uses else forward
         if forward.uses:
-            part = self._part(forward)
             # The user's autocast would round the products of rows to half precision.
             with torch.no_grad(), full_precision(forward.output.device.type):
                 for use in part.uses:
@@ -252,11 +265,15 @@ class Capture:
                 for origin in filter(lambda tensor: tensor.requires_grad, origins):
                     origin.register_hook(self._drop_what_lost_its_gradient)
             forward.listen(origins)
+        self.batch.ears.append(forward.ear)
         self.batch.forwards += 1
         self.batch.data += forward.data
         self.batch.terms += forward.terms(self.loss.likelihood)
         if self.fisher == "empirical":
             self._open += [use for use in forward.uses if len(use) > 1]
+        else:  # in the circle of a call and its use the graph would wait for the garbage collector
+            for use in (*forward.uses, *part.uses):
+                use.clear()
         forward.release()
         self.batch.latest = forward
 
@@ -264,11 +281,12 @@ class Capture:
         """A pass of the data alone that enter the factors, where that is cheaper and comes to the same; else all."""
         if self._has_parts is False or (chosen := few(forward, self.fisher == "mc")) is None:
             return forward
-        self._calls, self.attached = [], False  # the hooks on the layers work alone, and for us
-        try:
-            part, calls = again(unwrap(self._model), forward, chosen, self.view), self._calls
-        finally:
-            self._calls, self.attached = None, True
+        with self.aside():
+            self._calls = []  # the hooks on the layers work alone, and for us
+            try:
+                part, calls = again(unwrap(self._model), forward, chosen, self.view), self._calls
+            finally:
+                self._calls = None
         part = part if part is not None and stands_for(part, self._uses(calls), forward, chosen) else None
         self._has_parts = self._has_parts or part is not None
         return part or forward
@@ -289,27 +307,15 @@ class Capture:
 
     def _backpropagate(self, forward: Forward) -> None:
         edges = [call.edge for use in forward.uses for call in use]
-        for vector, weight in self._vectors(forward):
+        assert self.loss.likelihood is not None
+        samples = None if self.fisher == "exact" else self.mc_samples
+        for vector, weight in vectors(forward, self.loss.likelihood, samples, self._draw()):
             grads = torch.autograd.grad(
                 forward.output, edges, vector.to(forward.output.dtype), retain_graph=True, allow_unused=True
             )
             each = iter(grads)
             for use in forward.uses:
                 self._add_gradients(use, [next(each) for _ in use], weight)
-
-    def _vectors(self, forward: Forward) -> Iterator[tuple[Tensor, float]]:
-        """Vectors to backpropagate, and the weight of the outer product of each."""
-        likelihood, output = self.loss.likelihood, at_least_float32(forward.output.detach())
-        assert likelihood is not None
-        root = 1.0 if forward.weights is None else forward.weights.curvature.sqrt()
-        if self.fisher == "exact":
-            for column in likelihood.columns(output):
-                for only in one_position_each(column, forward.data):
-                    yield only * root, 1.0
-        else:
-            generator = torch.Generator(output.device).manual_seed(self._draw())
-            for _ in range(self.mc_samples):
-                yield likelihood.sample(output, generator) * root, 1.0 / self.mc_samples
 
     def _add_empirical(self, call: Call, g: Tensor) -> None:
         call.g = g.detach()
@@ -375,6 +381,12 @@ class Capture:
         if self._earlier is not None:
             self.batch.follow(self._earlier)
         self._earlier, self.batch = self.batch, Batch(self.loss, self.fisher)
+
+    def _drop_what_was_evaluated(self) -> None:
+        """Passes whose graphs are gone without a gradient were not trained on, if gradients are heard of at all."""
+        self._hears = self._hears or any(ear.heard for ear in self.batch.ears)
+        if self._hears and all(ear.is_deaf for ear in self.batch.ears):
+            self.batch = Batch(self.loss, self.fisher)
 
     def _drop_what_lost_its_gradient(self, _: Tensor | None = None) -> None:
         """Called before a backward pass: where no gradient is left, earlier ones enter no step, nor may their data."""

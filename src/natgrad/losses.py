@@ -10,10 +10,17 @@ CrossEntropyLoss       Σ_k q_k w_k, zero where ignored        Σ w_y over what 
 NLLLoss                w_y, zero where ignored                Σ w_y
 BCEWithLogitsLoss      w (1 + (pos_weight − 1) y)             number of entries
 GaussianNLLLoss        1 / variance                           number of entries
+KLDivLoss              Σ_k q_k                                (not ``"mean"``, which torch is about to change)
+HuberLoss, SmoothL1,   loss / ½ error², at most its value     number of entries
+L1Loss                 near zero error
 ====================== ====================================== =========================================
 
-with q the target distribution after smoothing. A target is seen only by the module, so these modules are hooked, and
-must be called in the training loop; vectors are then drawn for the tensor that the module got, whatever its layout.
+with q the target distribution after smoothing. Robust losses have no curvature, or none where errors are large; theirs
+is that of the parabola which touches the loss at the error and nowhere lies below it (iteratively reweighted least
+squares; Holland and Welsch 1977, DOI 10.1080/03610927708827533): a step that lowers it lowers the loss.
+
+A target is seen only by the module, so these modules are hooked, and must be called in the training loop; vectors are
+then drawn for the tensor that the module got, whatever its layout.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +34,10 @@ from torch.nn import functional
 
 from natgrad.joint import Joint, Part
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson, Reduction
+
+# Sums of probabilities are one up to half precision. Of an absolute error the parabola is that of an error this small,
+# in units of the mean one, where it is smaller still.
+UNNORMALIZED, LEAST_ERROR = 0.02, 0.1
 
 
 class Weights(NamedTuple):
@@ -145,17 +156,22 @@ def _from_module(module: nn.Module) -> Loss:
     kind = _MODULES.get(type(module))
     if kind is None:
         raise ValueError(
-            f"`loss={module!r}`: natgrad knows {', '.join(k.__name__ for k in _MODULES)}. For another loss pass a "
-            "`natgrad.likelihoods.Likelihood` with the same curvature."
+            f"`loss={module!r}`: natgrad knows {', '.join(k.__name__ for k in _MODULES)}. {_hint(module)}For another "
+            "loss pass a `natgrad.likelihoods.Likelihood` with the same curvature."
         )
     reduction = cast(Any, module).reduction
     if reduction == "none":
         raise ValueError(f"`loss={module!r}`: reduce with 'mean' or 'sum', so that the scale of the loss is known.")
+    if isinstance(module, nn.KLDivLoss) and reduction == "mean":
+        raise ValueError(
+            f"`loss={module!r}`: torch is about to change what 'mean' divides by; reduce with 'batchmean'."
+        )
     make, weigh = kind
     if isinstance(module, nn.BCEWithLogitsLoss) and module.weight is None and module.pos_weight is None:
         weigh = None
+    weighs_always = isinstance(module, nn.GaussianNLLLoss | nn.KLDivLoss | nn.HuberLoss | nn.SmoothL1Loss | nn.L1Loss)
     options = any(getattr(module, name, None) is not None for name in ("weight", "pos_weight"))
-    indispensable = options or bool(getattr(module, "label_smoothing", 0)) or isinstance(module, nn.GaussianNLLLoss)
+    indispensable = options or bool(getattr(module, "label_smoothing", 0)) or weighs_always
     likelihood = make(module, cast(Reduction, reduction))
     return Loss(likelihood, module, module if weigh else None, weigh, indispensable)
 
@@ -207,11 +223,48 @@ def _weigh_gaussian(module: nn.GaussianNLLLoss, output: Tensor, others: tuple[An
     return Weights(ones / variance.clamp(min=module.eps), ones)
 
 
+def _weigh_divergence(module: nn.KLDivLoss, output: Tensor, others: tuple[Any, ...]) -> Weights:
+    target: Tensor = others[0].exp() if module.log_target else others[0]
+    total = output.exp().sum(dim=1)
+    if not torch.allclose(total, torch.ones_like(total), atol=UNNORMALIZED):
+        raise ValueError(
+            f"`loss={module!r}` needs logarithms of probabilities, with the classes in dimension 1, and got an input "
+            f"of shape {tuple(output.shape)} whose probabilities do not sum to one there."
+        )
+    curvature = target.sum(dim=1, keepdim=True)
+    return Weights(curvature, torch.ones_like(curvature))
+
+
+def _weigh_robust(
+    module: nn.HuberLoss | nn.SmoothL1Loss | nn.L1Loss, output: Tensor, others: tuple[Any, ...]
+) -> Weights:
+    error = (output - others[0]).abs()
+    if isinstance(module, nn.HuberLoss):
+        curvature = module.delta / error.clamp(min=module.delta)
+    else:
+        kink = getattr(module, "beta", 0.0) or float(LEAST_ERROR * error.mean()) or 1.0
+        curvature = 1 / error.clamp(min=kink)
+    return Weights(curvature, torch.ones_like(error))
+
+
+def _hint(module: nn.Module) -> str:
+    is_of_probabilities = isinstance(module, nn.BCELoss)
+    return (
+        "Of a model that returns probabilities return the logits, for BCEWithLogitsLoss. "
+        if is_of_probabilities
+        else ""
+    )
+
+
 _MODULES: dict[type[nn.Module], tuple[Callable[[Any, Reduction], Likelihood], Weigh | None]] = {
     nn.MSELoss: (lambda module, reduction: Gaussian(reduction), None),
     nn.CrossEntropyLoss: (lambda module, reduction: Categorical(reduction), _weigh_cross_entropy),
     nn.BCEWithLogitsLoss: (lambda module, reduction: Bernoulli(reduction), _weigh_bernoulli),
     nn.NLLLoss: (lambda module, reduction: LogCategorical(reduction), _weigh_nll),
+    nn.KLDivLoss: (lambda module, reduction: LogCategorical(reduction), _weigh_divergence),
+    nn.HuberLoss: (lambda module, reduction: Gaussian(reduction, half=True), _weigh_robust),
+    nn.SmoothL1Loss: (lambda module, reduction: Gaussian(reduction, half=True), _weigh_robust),
+    nn.L1Loss: (lambda module, reduction: Gaussian(reduction, half=True), _weigh_robust),
     nn.PoissonNLLLoss: (lambda module, reduction: Poisson(reduction, log_input=module.log_input), None),
     nn.GaussianNLLLoss: (lambda module, reduction: Gaussian(reduction, half=True), _weigh_gaussian),
 }

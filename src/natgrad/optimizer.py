@@ -161,11 +161,13 @@ class KFAC(torch.optim.Optimizer):
                 loss = closure()
         if not self.preconditioner.steps:
             self.state.update({p: states.known(kept) for p, kept in self.state.items()})
-        if self.preconditioner.update(self._stands if self._evaluates else None):
-            self._step_layers()
-            if self._adamw is not None:
-                self._adamw.step()
-        elif not self.preconditioner.steps + self.preconditioner.skipped_steps:
+        with self.preconditioner.capture.aside():
+            is_taken = self.preconditioner.update(self._stands if self._evaluates else None)
+            if is_taken:
+                self._step_layers()
+        if is_taken and self._adamw is not None:
+            self._adamw.step()
+        if not self.preconditioner.steps + self.preconditioner.skipped_steps:
             # No step, but the way in which torch's tools make an optimizer create its state.
             self.state.update(self._completed())
         self.preconditioner.release()

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from natgrad.batch import Call, Forward
 from natgrad.chance import Chance, accelerators
@@ -54,7 +54,14 @@ def rerun(
     with torch.random.fork_rng(accelerators(model)), shards_left_alone(model), uncompiled(model):
         if chance is not None:
             chance.restore()
-        return functional_call(model, {**tensors, **buffers}, args, kwargs)
+        try:
+            return functional_call(model, {**tensors, **buffers}, args, kwargs)
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                raise
+        with torch.enable_grad():  # it differentiates, for instance an energy to get forces
+            returned = functional_call(model, {**tensors, **buffers}, args, kwargs)
+        return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, returned)
 
 
 def subsample(forward: Forward, chosen: Tensor) -> Arguments | None:
@@ -68,7 +75,10 @@ def subsample(forward: Forward, chosen: Tensor) -> Arguments | None:
     others = [leaf for leaf, is_of_data in zip(leaves, of_data, strict=True) if not is_of_data]
     if not any(of_data) or any(_tells_places(other, len(chosen)) for other in others):
         return None
-    taken = [leaf[chosen] if is_of_data else leaf for leaf, is_of_data in zip(leaves, of_data, strict=True)]
+    taken = [
+        leaf.detach()[chosen].requires_grad_(leaf.requires_grad) if is_of_data else leaf
+        for leaf, is_of_data in zip(leaves, of_data, strict=True)
+    ]
     return cast(Arguments, tree_unflatten(taken, structure))
 
 
