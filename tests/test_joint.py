@@ -14,7 +14,6 @@ import natgrad
 from natgrad.joint import Joint, Part
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 from natgrad.losses import resolve
-from natgrad.outputs import View
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -274,25 +273,28 @@ def test_curvature_is_verified_for_several_outputs() -> None:
     assert some.notes == ["The first 2 of 9 data were used, as all of them have 99 output entries."]
 
 
-# Where the gradient arrives.
+def test_labels_that_are_missing_have_no_curvature() -> None:
+    """The change of the loss is exact, although only its gradient tells which data have a label for which head."""
+    model = Heads(lambda o: {"class": o["class"], "mask": o["mask"]})
+    x, y = torch.randn(60, 5, generator=torch.Generator().manual_seed(3)), targets(60)
+    has_class, has_mask = torch.arange(60) % 3 == 0, torch.arange(60) % 3 > 0
 
+    def loss() -> Tensor:
+        out = model(x)
+        of_class = cross_entropy(out["class"][has_class], y["class"][has_class], reduction="sum")
+        of_mask = binary_cross_entropy_with_logits(out["mask"][has_mask], y["mask"][has_mask], reduction="sum")
+        return (of_class + of_mask) / 60
 
-def origins(raw: Any, function: Callable[[Any], Any] | None) -> list[Tensor]:
-    view = View(function, resolve("mse"))
-    return view.origins(raw, view.heads(raw))[0]
-
-
-def test_the_gradient_arrives_at_the_nearest_tensors_that_were_returned() -> None:
-    """Not at features from which a returned tensor was made: what arrives there went through that tensor."""
-    features = torch.randn(3, 2, requires_grad=True) * 2
-    logits, others = features @ torch.randn(2, 4), features + 1
-    (one,) = origins((features, logits, others), lambda out: out[1].mT.mT * 3)
-    assert one is logits
-    both = origins({"f": features, "l": [logits, others]}, lambda out: torch.cat(out["l"], 1))
-    assert [id(tensor) for tensor in both] == [id(logits), id(others)]
-    made = (features @ torch.randn(2, 2)).sin()
-    (unknown,) = origins(object(), lambda _: made)
-    assert unknown is made
+    declared = natgrad.likelihoods.Categorical("batchmean"), natgrad.likelihoods.Bernoulli("batchmean")
+    optimizer = natgrad.KFAC(model, dict(zip(("class", "mask"), declared, strict=True)))
+    for _ in range(4):
+        optimizer.zero_grad()
+        before = loss()
+        before.backward()
+        optimizer.step()
+        with torch.no_grad():
+            change = (loss() - before).item()
+        assert optimizer.diagnostics(per_layer=False)["actual_change"] == pytest.approx(change, abs=1e-10)
 
 
 # What is refused.

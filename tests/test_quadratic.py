@@ -22,7 +22,6 @@ from natgrad.quadratic import (
     choose,
     combine,
     minimize,
-    rearrangement,
 )
 from oracle import relative_error
 from quadratic_cases import Direction, directions_of, network
@@ -243,47 +242,6 @@ def test_steps_combine_all_directions() -> None:
 def test_a_shorter_direction_moves_its_own_parameters_alone() -> None:
     wide = {"w": torch.tensor(1.0), "u": torch.tensor(3.0)}
     assert combine([wide, {"w": torch.tensor(10.0)}], torch.tensor([2.0, 0.5])) == {"w": 7.0, "u": 6.0}
-
-
-# How the loss module's input comes from the model's output.
-
-
-def seen_as(way: Callable[[Tensor], Tensor], shape: tuple[int, ...] = (2, 4, 3)) -> tuple[Tensor, Forward]:
-    seen = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return seen, Forward((), {}, way(seen), [], seen=seen)
-
-
-@pytest.mark.parametrize(
-    "way",
-    [
-        lambda out: out,
-        lambda out: out.reshape(8, 3),
-        lambda out: out.movedim(-1, 1),
-        lambda out: out.transpose(1, 2),
-        lambda out: out.movedim(1, -1).reshape(6, 4),
-    ],
-    ids=["as it is", "flattened tokens", "moved classes", "transposed", "moved and flattened"],
-)
-def test_rearrangements_are_recognized_for_any_number_of_data(way: Callable[[Tensor], Tensor]) -> None:
-    seen, forward = seen_as(way)
-    again = rearrangement(forward)
-    assert torch.equal(again(seen), way(seen))
-    part = torch.randn(1, *seen.shape[1:])
-    assert again(part).shape == (way(seen).shape[0] // 2, *way(seen).shape[1:])
-
-
-def test_without_a_loss_module_nothing_is_rearranged() -> None:
-    out = torch.randn(2, 3)
-    assert rearrangement(Forward((), {}, torch.randn(5, 7), []))(out) is out
-
-
-@pytest.mark.parametrize(
-    "way", [lambda out: 2 * out, lambda out: out[:, 1:], lambda out: out.flip(0), lambda out: out[:, -1]]
-)
-def test_what_cannot_be_traced_to_the_output_is_refused(way: Callable[[Tensor], Tensor]) -> None:
-    """Shapes alone do not tell."""
-    with pytest.raises(ValueError, match=r"cannot trace to the model's output, of shape \(2, 4, 3\): pass `output=`"):
-        rearrangement(seen_as(way)[1])
 
 
 # Derivatives without forward mode.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 import natgrad
 from cases import Loss, data_for, every_loss
@@ -260,3 +260,45 @@ def test_a_pass_without_chance_needs_some_of_the_data_only(monkeypatch: pytest.M
     cross_entropy(model(x), y).backward()
     optimizer.preconditioner.update()
     assert not optimizer.preconditioner.multiplier.local.has_all
+
+
+# Masks, of which natgrad is told nothing.
+
+
+MODULE = nn.CrossEntropyLoss()
+
+
+def masked_tokens(output: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return cross_entropy(output.movedim(1, -1)[mask[..., 0]], y.argmax(-1)[mask[..., 0]])
+
+
+def masked_by_module(output: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return MODULE(output.movedim(1, -1)[mask[..., 0]], y.argmax(-1)[mask[..., 0]])
+
+
+def masked_entries(output: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    each = binary_cross_entropy_with_logits(output.movedim(1, -1), y, reduction="none")
+    return (each * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize(
+    ("told", "loss"),
+    [("cross_entropy", masked_tokens), (MODULE, masked_by_module), ("bce_with_logits", masked_entries)],
+    ids=["tokens", "tokens, by a module", "entries"],
+)
+def test_what_a_mask_leaves_out_has_no_curvature(told: Any, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """The change of the loss is exact, although nothing but its gradient tells what counts, and how much."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+    x, mask = torch.randn(30, 5, 3), torch.rand(30, 5, 4) < 0.3
+    y = nn.functional.one_hot(torch.randint(4, (30, 5)), 4).double()
+    optimizer = natgrad.KFAC(model, told, output=lambda out: out.movedim(-1, 1))
+    for _ in range(5):
+        optimizer.zero_grad()
+        before = loss(model(x).movedim(-1, 1), y, mask)
+        before.backward()
+        optimizer.step()
+        with torch.no_grad():
+            change = loss(model(x).movedim(-1, 1), y, mask) - before
+        assert optimizer.diagnostics(per_layer=False)["actual_change"] == pytest.approx(change.item(), rel=1e-3)
+        assert change < 0

@@ -23,7 +23,7 @@ from natgrad.joint import side_by_side
 from natgrad.layers import Layer, at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
-from natgrad.outputs import Find
+from natgrad.outputs import Find, Origin
 
 Fisher = Literal["mc", "exact", "empirical", "forward"]
 # So many data tell the noise of the gradients to a few percent.
@@ -141,31 +141,44 @@ class Forward:
     multiplier: Tensor | None = None
     ear: "Ear" = field(default_factory=lambda: Ear())
 
-    def listen(self, origins: Sequence[Tensor]) -> None:
+    def listen(self, origins: Sequence[Origin]) -> None:
         """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over.
 
         Args:
             origins: Where it arrives; side by side, if at several tensors.
         """
-        ends = list(accumulate(origin.shape[1:].numel() for origin in origins))
+        ends = list(accumulate(origin.tensor.shape[1:].numel() for origin in origins))
         for origin, start, end in zip(origins, [0, *ends], ends, strict=False):
-            if origin.requires_grad:
-                hook = partial(self.note_some, ends[-1], slice(start, end)) if len(origins) > 1 else partial(self.note)
-                origin.register_hook(hook)
+            if origin.tensor.requires_grad:
+                some = partial(self.note_some, ends[-1], slice(start, end), origin.order)
+                hook = some if len(origins) > 1 else partial(self.note, order=origin.order)
+                origin.tensor.register_hook(hook)
                 self.ear.hooks.append(weakref.ref(hook))
 
-    def note(self, gradient: Tensor) -> None:
+    def note(self, gradient: Tensor, order: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
         """Keep a gradient that has come."""
         self.ear.heard = True
-        self.gradient = at_least_float32(gradient.detach())
+        self.gradient = at_least_float32(order(gradient))
 
-    def note_some(self, width: int, columns: slice, gradient: Tensor) -> None:
+    def note_some(self, width: int, columns: slice, order: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
         """Keep what has come at one of several tensors; where none comes, the loss does not depend on it."""
         self.ear.heard = True
-        some = at_least_float32(side_by_side([gradient.detach()]))
+        some = at_least_float32(side_by_side([order(gradient)]))
         if self.gradient is None:
             self.gradient = some.new_zeros(len(some), width)
         self.gradient[:, columns] = some
+
+    def see_what_counts(self, likelihood: Likelihood) -> None:
+        """Let criteria without a gradient weigh nothing from now on, if they tell and nobody else told.
+
+        In half precision a gradient may be zero for being small.
+        """
+        tells = self.gradient is not None and self.find is None and self.output.dtype != torch.float16
+        if not tells or self.weights is not None or self.gradient is None:
+            return
+        counted = likelihood.counted(self.gradient)
+        if counted is not None and not counted.all():
+            self.weights = Weights(counted, torch.ones_like(counted))
 
     def add_multiplier(self, gradient: Tensor) -> None:
         """Add the gradient at one value of the loss module; there are several for a weighted sum over targets."""
@@ -300,7 +313,8 @@ class Batch:
                     f"layer {layer.name!r} has a gradient but natgrad saw no data pass through it. Call the model that "
                     "was given to natgrad itself, not its parts, with gradients enabled. Of a compiled model give it "
                     "what `torch.compile` returned (not `model.compile()`), before the first call. Checkpoint "
-                    "activations with `use_reentrant=False`."
+                    "activations with `use_reentrant=False`. If its parameters are used and the layer is never called, "
+                    'leave them to AdamW: a group {"params": …, "fallback": True} among the `params` of natgrad.KFAC.'
                 )
             if not seen and not gradients and step == 0:
                 warnings.warn(f"natgrad: layer {layer.name!r} received no data and no gradient.", stacklevel=4)

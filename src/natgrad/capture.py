@@ -29,7 +29,7 @@ from natgrad.distributed import World
 from natgrad.factors import Statistics, share_needed
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
-from natgrad.outputs import View
+from natgrad.outputs import Origin, View, is_traced
 from natgrad.rerun import again, few, stands_for
 from natgrad.vectors import vectors
 
@@ -201,13 +201,13 @@ class Capture:
         if not (output := self.view.join(heads)).requires_grad:
             return
         forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed, chance=chance.if_drawn())
+        origins, forward.find = self.view.origins(raw, heads)
         if self.loss.module is None:
-            origins, forward.find = self.view.origins(raw, heads)
             self._gather(forward, origins)
-        else:
-            self._waiting = forward
-            if not self.loss.indispensable:
-                forward.output.register_hook(partial(self._without_loss, forward))
+            return
+        self._waiting = forward
+        if not self.loss.indispensable and forward.find is None:
+            origins[0].tensor.register_hook(partial(self._without_loss, forward, origins[0].order))
 
     def _after_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         """The loss module has seen the model's output, perhaps rearranged, and the targets."""
@@ -217,13 +217,15 @@ class Capture:
         seen = named.pop("input")
         if self._waiting is None or not seen.requires_grad or self.loss.likelihood is None:
             return
+        if not (self.loss.indispensable or is_traced(self._waiting.output, seen)):
+            return  # its gradient will tell which targets count
         forward, self._waiting = self._waiting, None
         assert self.loss.weigh is not None
         self.loss.likelihood.check(seen)
         with torch.no_grad():
             forward.weights = self.loss.weigh(module, at_least_float32(seen.detach()), tuple(named.values()))
-        forward.seen, forward.output = forward.output, seen
-        self._gather(forward, [seen])
+        forward.seen, forward.output, forward.find = forward.output, seen, None
+        self._gather(forward, [Origin(seen)])
 
     def _watch_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> None:
         """What the training loop multiplies the loss by arrives as the gradient of its value."""
@@ -231,21 +233,19 @@ class Capture:
         if forward is not None and value.requires_grad and forward.is_input(args[0] if args else kwargs["input"]):
             value.register_hook(forward.add_multiplier)
 
-    def _without_loss(self, forward: Forward, g: Tensor) -> None:
-        """The user's backward pass has begun and the loss module was not called, but perhaps a function like it.
-
-        A target was ignored if no gradient arrives for it.
-        """
+    def _without_loss(self, forward: Forward, order: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
+        """The backward pass begins, and the module was not called, or saw what cannot be traced to the output."""
         if self._waiting is not forward or self.loss.likelihood is None:
             return
         self._waiting = None
         self.loss.likelihood.check(forward.output)
-        forward.note(g)
-        counted = (g != 0).any(dim=1, keepdim=True).to(g.dtype)
+        forward.note(g := order(gradient))
+        counted = self.loss.likelihood.counted(g)
+        assert counted is not None  # of cross-entropies, which alone may ignore targets
         forward.weights = Weights(counted, counted)
         self._gather(forward, [])
 
-    def _gather(self, forward: Forward, origins: Sequence[Tensor]) -> None:
+    def _gather(self, forward: Forward, origins: Sequence[Origin]) -> None:
         part = self._part(forward) if forward.uses else forward
         if forward.uses:
             # The user's autocast would round the products of rows to half precision.
@@ -262,8 +262,8 @@ class Capture:
                         self.batch.sample(use, self.world.size)
         if forward.gradient is None:
             if self._earlier is not None:
-                for origin in filter(lambda tensor: tensor.requires_grad, origins):
-                    origin.register_hook(self._drop_what_lost_its_gradient)
+                for tensor in (origin.tensor for origin in origins if origin.tensor.requires_grad):
+                    tensor.register_hook(self._drop_what_lost_its_gradient)
             forward.listen(origins)
         self.batch.ears.append(forward.ear)
         self.batch.forwards += 1

@@ -114,9 +114,13 @@ class Joint(Likelihood):
         return self._each(lambda one, F, f, v: F * one.hessian_product(f, v), output, vector)
 
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
-        """Σ F times each head's own; (N, 1)."""
-        each = self._each(lambda one, F, f, m: F * one.divergence(f, m), output, moved)
-        return each.sum(dim=1, keepdim=True)
+        """Each head's own, times F; what is of several entries, as of all classes, is shared out among them."""
+
+        def shared(likelihood: Likelihood, F: float, head: Tensor, moved: Tensor) -> Tensor:
+            own = likelihood.divergence(head, moved)
+            return (F * own.numel() / head.numel() * own).expand_as(head)
+
+        return self._each(shared, output, moved)
 
     def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
         """Each head's own, times F."""
@@ -131,6 +135,14 @@ class Joint(Likelihood):
                 return None
             reaches.append(F * own)
         return side_by_side(reaches)
+
+    def counted(self, gradient: Tensor) -> Tensor:
+        """Head by head; all of a head that cannot tell."""
+        told = []
+        for part, own in zip(self.parts.values(), self.split(gradient), strict=True):
+            counted = part.likelihood.counted(own)
+            told.append(torch.ones_like(own) if counted is None else counted.expand_as(own))
+        return side_by_side(told)
 
     def criteria(self, output: Tensor) -> int:
         """One per datum."""

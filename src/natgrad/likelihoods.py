@@ -71,10 +71,7 @@ class Likelihood(ABC):
 
         With g the gradient of the loss at ``output``, the loss changes by g · (moved − output) + R Σ divergence:
         exactly so where the criterion's targets enter linearly, as in all named losses. By default, its second-order
-        term.
-
-        Returns:
-            Shaped like ``output``, up to dimensions summed to one.
+        term. Shaped like ``output``, up to dimensions summed to one.
         """
         return (moved - output) * self.hessian_product(output, moved - output) / 2
 
@@ -87,10 +84,17 @@ class Likelihood(ABC):
 
         Args:
             output: As everywhere.
-            gradient: Any multiple of ∇c, shaped like ``output``.
+            gradient: Any multiple of ∇c, shaped like ``output``; so is the reach, infinite where no bound of that sign is.
+        """
+        return None
 
-        Returns:
-            Shaped like ``output``; infinite where only the other sign is bounded.
+    def counted(self, gradient: Tensor) -> Tensor | None:
+        """Which criteria the loss counts: ones and zeros, one entry where the classes are; None if it cannot be told.
+
+        No model is sure of a label: without a gradient it is masked or ignored, or learnt to all digits.
+
+        Args:
+            gradient: Any multiple of ∇c, shaped like the output.
         """
         return None
 
@@ -197,6 +201,10 @@ class Bernoulli(_Elementwise):
         """p down to a target of 0, 1 − p up to 1."""
         return torch.where(gradient > 0, output, -output).sigmoid()
 
+    def counted(self, gradient: Tensor) -> Tensor:
+        """Entry by entry."""
+        return (gradient != 0).to(gradient.dtype)
+
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """softplus(f′) − softplus(f) − p (f′ − f)."""
         return functional.softplus(moved) - functional.softplus(output) - output.sigmoid() * (moved - output)
@@ -262,6 +270,10 @@ class Categorical(Likelihood):
         """p down to a target of 0, 1 − p up to 1."""
         p = output.softmax(dim=1)
         return torch.where(gradient > 0, p, 1 - p)
+
+    def counted(self, gradient: Tensor) -> Tensor:
+        """Position by position."""
+        return (gradient != 0).any(dim=1, keepdim=True).to(gradient.dtype)
 
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """Σ_k p_k (log p_k − log p′_k)."""

@@ -6,8 +6,11 @@ are found by going up the graph from what was made.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves
@@ -63,7 +66,7 @@ class View:
         """One tensor of those that the loss sees."""
         return self.loss.likelihood.join(heads) if isinstance(self.loss.likelihood, Joint) else heads[0]
 
-    def origins(self, raw: Any, heads: list[Tensor]) -> tuple[list[Tensor], Find | None]:
+    def origins(self, raw: Any, heads: list[Tensor]) -> tuple[list["Origin"], Find | None]:
         """Where the gradient of the user's loss arrives.
 
         Args:
@@ -73,22 +76,100 @@ class View:
         Returns:
             The tensors, and how to find them in what the model returns another time; None if they are the heads.
         """
-        if self.function is None:
-            return heads, None
         returned = _tensors(raw)
-        if all(any(head is one for one in returned) for head in heads):
-            return heads, None
+        if self.function is None or all(any(head is one for one in returned) for head in heads):
+            return [Origin(head) for head in heads], None
         edges = [get_gradient_edge(one) if one.requires_grad else None for one in returned]
-        met = {place for head in heads if head.requires_grad for place in _met(get_gradient_edge(head), edges)}
-        places = sorted(met)
+        met = [_met(get_gradient_edge(head), edges) if head.requires_grad else set[int]() for head in heads]
+        if all(
+            len(places) == 1 and _is_rearranged(head, returned[min(places)])
+            for head, places in zip(heads, met, strict=True)
+        ):
+            origins = [returned[min(places)] for places in met]
+            return [Origin(one, head.shape, head.stride()) for one, head in zip(origins, heads, strict=True)], None
+        places = sorted(set().union(*met))
         if not places or (len(places) > 1 and any(len(returned[place]) != len(heads[0]) for place in places)):
-            return heads, None
+            return [Origin(head) for head in heads], None
 
         def find(again: Any) -> Tensor:
             tensors = _tensors(again)
             return as_one([tensors[place] for place in places])
 
-        return [returned[place] for place in places], find
+        return [Origin(returned[place]) for place in places], find
+
+
+class Origin(NamedTuple):
+    """A tensor at which the gradient of the user's loss arrives.
+
+    Attributes:
+        tensor: The tensor.
+        shape: Of the output, if that has the same entries in another order.
+        stride: Likewise.
+    """
+
+    tensor: Tensor
+    shape: torch.Size | None = None
+    stride: tuple[int, ...] = ()
+
+    @property
+    def order(self) -> Callable[[Tensor], Tensor]:
+        """From the gradient at the tensor to that at the output; without a hold on the tensor."""
+        if self.shape is None:
+            return Tensor.detach
+        return partial(_rearrange, self.tensor.stride(), self.shape, self.stride)
+
+
+def _is_rearranged(head: Tensor, origin: Tensor) -> bool:
+    """Whether one is a view of all entries of the other, each once."""
+    sizes = sorted((stride, size) for stride, size in zip(head.stride(), head.shape, strict=True) if size > 1)
+    dense = all(stride == prod(size for _, size in sizes[:i]) for i, (stride, _) in enumerate(sizes))
+    return dense and head.data_ptr() == origin.data_ptr() and head.numel() == origin.numel()
+
+
+def _rearrange(origin: tuple[int, ...], shape: torch.Size, stride: tuple[int, ...], gradient: Tensor) -> Tensor:
+    stored = torch.empty_strided(gradient.shape, origin, dtype=gradient.dtype, device=gradient.device)
+    return stored.copy_(gradient.detach()).as_strided(shape, stride)
+
+
+def rearrangement(returned: Tensor | None, given: Tensor) -> Callable[[Tensor], Tensor]:
+    """How the training loop turned the model's output into the loss module's input.
+
+    Args:
+        returned: By the model; None if that is what the loss sees.
+        given: To the loss module.
+
+    Raises:
+        ValueError: when it was neither handed on as it is, nor flattened to rows, nor its classes moved.
+    """
+    if returned is None:
+        return lambda out: out
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda out: out,
+        lambda out: out.reshape(-1, *given.shape[1:]),
+        lambda out: out.movedim(-1, 1),
+        lambda out: out.movedim(1, -1).reshape(-1, given.shape[1]),
+    ]
+    for way in ways:
+        try:
+            same = way(returned)
+        except (RuntimeError, IndexError):  # a shape that does not divide
+            continue
+        if same.shape == given.shape and torch.equal(same, given):
+            return way
+    raise ValueError(
+        f"the loss module got an input of shape {tuple(given.shape)} that natgrad cannot trace to the model's output, "
+        f"of shape {tuple(returned.shape)}: pass `output=` to natgrad, a function that makes the one from the other. "
+        "Where some entries are chosen by the data, choose them in the model, or mark the other targets as ignored."
+    )
+
+
+def is_traced(returned: Tensor, given: Tensor) -> bool:
+    """Whether ``rearrangement`` knows how."""
+    try:
+        rearrangement(returned.detach(), given.detach())
+    except ValueError:
+        return False
+    return True
 
 
 def as_one(tensors: Sequence[Tensor]) -> Tensor:

@@ -377,6 +377,7 @@ class Preconditioner:
         likelihood, forward = self.loss.likelihood, batch.latest
         if likelihood is None or forward is None or forward.gradient is None:
             return None
+        forward.see_what_counts(likelihood)
         ranks = Ranks(self.world, batch.part, forward.output)
         state, select = self._state(self.layers[0]), self.capture.view
         local = partial(LocalModel, self.model, likelihood, select, forward, batch.terms, ranks, Trust(state).more)

@@ -35,6 +35,7 @@ from natgrad.distributed import Ranks, is_sharded, whole
 from natgrad.layers import at_least_float32, uses_batch_statistics
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
+from natgrad.outputs import rearrangement
 from natgrad.rerun import REFUSALS, rerun, subsample
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
@@ -70,7 +71,7 @@ class LocalModel:
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
         self.ranks = ranks or Ranks()
-        self.forward, self.rearrange, self.total_terms = forward, rearrangement(forward), terms
+        self.forward, self.rearrange, self.total_terms = forward, rearrangement(forward.seen, forward.output), terms
         # The user's loss is so many times the declared one, and its gradient at the output so many times longer still.
         self.multiplier, self.scaler = 1.0, 1.0
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
@@ -292,34 +293,6 @@ def stratified(order: Tensor, size: int, gradients: Tensor) -> tuple[Tensor, Ten
     share = size / data
     counts = torch.tensor([1.0, (data - top) / (size - top)]).repeat_interleave(torch.tensor([top, size - top]))
     return torch.cat([longest, others]), share * counts.to(order.device)
-
-
-def rearrangement(forward: Forward) -> Callable[[Tensor], Tensor]:
-    """How the training loop turned the model's output into the loss module's input.
-
-    Raises:
-        ValueError: when it was neither handed on as it is, nor flattened to rows, nor its classes moved.
-    """
-    seen, output = forward.seen, forward.output
-    if seen is None:
-        return lambda out: out
-    ways: list[Callable[[Tensor], Tensor]] = [
-        lambda out: out,
-        lambda out: out.reshape(-1, *output.shape[1:]),
-        lambda out: out.movedim(-1, 1),
-        lambda out: out.movedim(1, -1).reshape(-1, output.shape[1]),
-    ]
-    for way in ways:
-        try:
-            same = way(seen)
-        except RuntimeError:  # a shape that does not divide
-            continue
-        if same.shape == output.shape and torch.equal(same, output):
-            return way
-    raise ValueError(
-        f"the loss module got an input of shape {tuple(output.shape)} that natgrad cannot trace to the model's output, "
-        f"of shape {tuple(seen.shape)}: pass `output=` to natgrad, a function that makes the one from the other."
-    )
 
 
 def minimize(M: Tensor, b: Tensor, fixed: Sequence[float | None]) -> Tensor:
