@@ -30,7 +30,7 @@ SAMPLE, TRUST, AVERAGING, RATES = "test_quadratic_sample.py", "test_trust.py", "
 JOINT = "test_joint.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return (1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
-    "loss reduced by mean treated as a sum": Bug("likelihoods.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
+    "loss reduced by mean treated as a sum": Bug("criterion.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
     "the 2 of torch's MSE forgotten": Bug("likelihoods.py", "return 1.0 if self.half else 2.0", "return 1.0", LINEAR),
     "empirical Fisher with R instead of 1/R": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return R", LINEAR),
     "A summed, not averaged": Bug("layers/moments.py", "weight = float(count)", "weight = 1.0", KINDS),
@@ -136,10 +136,12 @@ BUGS = {
     "the curvature of a robust loss that of its middle": Bug("losses.py", "curvature = module.delta / error.clamp(min=module.delta)", "curvature = torch.ones_like(error)", LOSSES),
     "absolute errors of unbounded curvature": Bug("losses.py", "UNNORMALIZED, LEAST_ERROR = 0.02, 0.1", "UNNORMALIZED, LEAST_ERROR = 0.02, 0.0", LOSSES),
     "a target's probabilities for their logarithms": Bug("losses.py", "others[0].exp() if module.log_target else others[0]", "others[0]", LOSSES),
-    "what a mask left out counted": Bug("batch.py", "if counted is not None and not counted.all():", "if False:", CHANGE),
-    "heads without a label counted": Bug("joint.py", "torch.ones_like(own) if counted is None else counted.expand_as(own)", "torch.ones_like(own)", JOINT),
+    "what a mask left out counted": Bug("batch.py", "if shares is not None:", "if False:", CHANGE),
+    "heads without a label counted": Bug("joint.py", "torch.ones_like(head) if shares is None else shares.expand_as(head)", "torch.ones_like(head)", JOINT),
     "a part of an output taken for a view of all": Bug("outputs.py", " and head.numel() == origin.numel()", "", "test_outputs.py"),
     "a gradient in the order of what was returned": Bug("outputs.py", ".as_strided(shape, stride)", ".reshape(shape)", "test_outputs.py"),
+    "a mean over what counts taken for one over all": Bug("criterion.py", 'counted / counted.mean() if self.reduction == "mean" else counted', "counted", CHANGE),
+    "outputs of zero taken for masked ones": Bug("likelihoods.py", "((gradient != 0) | (output == 0))", "(gradient != 0)", CHANGE),
     "no gradients for a network that needs them": Bug("rerun.py", "if torch.is_grad_enabled() or ", "if True or ", "test_rerun.py"),
     "some data that no longer require gradients": Bug("rerun.py", ".requires_grad_(leaf.requires_grad)", "", "test_rerun.py"),
     "a network run on some nodes of a graph": Bug("quadratic.py", "        if (returned.shape, output.shape) != (", "        if False and (returned.shape, output.shape) != (", "test_rerun.py"),

@@ -176,9 +176,9 @@ class Forward:
         tells = self.gradient is not None and self.find is None and self.output.dtype != torch.float16
         if not tells or self.weights is not None or self.gradient is None:
             return
-        counted = likelihood.counted(self.gradient)
-        if counted is not None and not counted.all():
-            self.weights = Weights(counted, torch.ones_like(counted))
+        shares = likelihood.shares(at_least_float32(self.output), self.gradient)
+        if shares is not None:
+            self.weights = Weights(shares, torch.ones_like(shares))
 
     def add_multiplier(self, gradient: Tensor) -> None:
         """Add the gradient at one value of the loss module; there are several for a weighted sum over targets."""

@@ -240,7 +240,7 @@ class Capture:
         self._waiting = None
         self.loss.likelihood.check(forward.output)
         forward.note(g := order(gradient))
-        counted = self.loss.likelihood.counted(g)
+        counted = self.loss.likelihood.counted(at_least_float32(forward.output), g)
         assert counted is not None  # of cross-entropies, which alone may ignore targets
         forward.weights = Weights(counted, counted)
         self._gather(forward, [])

@@ -136,13 +136,15 @@ class Joint(Likelihood):
             reaches.append(F * own)
         return side_by_side(reaches)
 
-    def counted(self, gradient: Tensor) -> Tensor:
-        """Head by head; all of a head that cannot tell."""
-        told = []
-        for part, own in zip(self.parts.values(), self.split(gradient), strict=True):
-            counted = part.likelihood.counted(own)
-            told.append(torch.ones_like(own) if counted is None else counted.expand_as(own))
-        return side_by_side(told)
+    def shares(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        """Each head's own."""
+
+        def own(likelihood: Likelihood, F: float, head: Tensor, g: Tensor) -> Tensor:
+            shares = likelihood.shares(head, g)
+            return torch.ones_like(head) if shares is None else shares.expand_as(head)
+
+        each = self._each(own, output, gradient)
+        return None if (each == 1).all() else each
 
     def criteria(self, output: Tensor) -> int:
         """One per datum."""

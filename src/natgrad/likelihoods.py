@@ -21,112 +21,28 @@ Sources: Martens (2020), "New insights and perspectives on the natural gradient 
 Grosse (2015), arXiv:1503.05671, section 2.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Reduction = Literal["mean", "sum", "batchmean"]
+from natgrad.criterion import Likelihood, Reduction
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+    "LogCategorical",
+    "MeanVariance",
+    "Poisson",
+    "Reduction",
+]
 # Sums of a gradient over its classes are zero up to rounding of half precision; over anything else they are not.
 # Relative to sums of absolute values.
 SAME, DIFFERENT = 0.02, 0.1
-
-
-class Likelihood(ABC):
-    """A distribution over targets whose negative log density is the loss's criterion.
-
-    Subclass it to give natgrad a loss of your own: fill in ``sample``, ``columns``, ``hessian_product`` and
-    ``criteria``. Data are the first dimension of the output.
-
-    Args:
-        reduction: ``"mean"`` and ``"sum"`` as torch's loss modules mean them; ``"batchmean"`` sums the criterion over
-            each datum's outputs and averages over the data.
-    """
-
-    def __init__(self, reduction: Reduction = "mean") -> None:
-        if reduction not in get_args(Reduction):
-            raise ValueError(f"`reduction` must be one of {get_args(Reduction)}, not {reduction!r}.")
-        self.reduction = reduction
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(reduction={self.reduction!r})"
-
-    @abstractmethod
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Gradient of the criterion at a target drawn from the model's own distribution, shaped like ``output``."""
-
-    @abstractmethod
-    def columns(self, output: Tensor) -> Iterator[Tensor]:
-        """Vectors shaped like ``output`` whose outer products sum to ∇²c of each datum; one per output entry."""
-
-    @abstractmethod
-    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
-        """∇²c times ``vector``; both shaped like ``output``."""
-
-    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
-        """KL divergence from the distribution at ``output`` to that at ``moved``, of each criterion.
-
-        With g the gradient of the loss at ``output``, the loss changes by g · (moved − output) + R Σ divergence:
-        exactly so where the criterion's targets enter linearly, as in all named losses. By default, its second-order
-        term. Shaped like ``output``, up to dimensions summed to one.
-        """
-        return (moved - output) * self.hessian_product(output, moved - output) / 2
-
-    def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
-        """∇c at ``moved`` less ∇c at ``output``, for the same target; by default to first order."""
-        return self.hessian_product(output, moved - output)
-
-    def reach(self, output: Tensor, gradient: Tensor) -> Tensor | None:
-        """The largest size of ∇c that a target allows, of each entry, with the sign of ``gradient``; None if unbounded.
-
-        Args:
-            output: As everywhere.
-            gradient: Any multiple of ∇c, shaped like ``output``; so is the reach, infinite where no bound of that sign is.
-        """
-        return None
-
-    def counted(self, gradient: Tensor) -> Tensor | None:
-        """Which criteria the loss counts: ones and zeros, one entry where the classes are; None if it cannot be told.
-
-        No model is sure of a label: without a gradient it is masked or ignored, or learnt to all digits.
-
-        Args:
-            gradient: Any multiple of ∇c, shaped like the output.
-        """
-        return None
-
-    @abstractmethod
-    def criteria(self, output: Tensor) -> int:
-        """How many criteria a torch ``mean`` would average over for this output."""
-
-    @property
-    def weight(self) -> float:
-        """What one criterion counts in the loss before the reduction divides."""
-        return 1.0
-
-    def check(self, output: Tensor) -> None:
-        """Raise a ``ValueError`` when the output cannot belong to this loss."""
-        if output.ndim < 1 or not output.is_floating_point():
-            raise ValueError(
-                f"{self!r} needs a floating point output with the data as its first dimension, and the model returned "
-                f"{output.dtype} of shape {tuple(output.shape)}. Pass `output=` to natgrad to select the tensor that "
-                "the loss sees."
-            )
-
-    def check_gradient(self, gradient: Tensor) -> None:
-        """Raise a ``ValueError`` when what arrived at the output, shaped like it, cannot be this loss's gradient."""
-        return  # without knowing the targets, most losses cannot tell
-
-    def terms(self, output: Tensor) -> int:
-        """What the reduction divides by; adds up when a batch is split."""
-        return output.shape[0] if self.reduction == "batchmean" else self.criteria(output)
-
-    def scale(self, terms: float) -> float:
-        """R, the factor between the sum of the criteria and the loss, for a batch with so many ``terms``."""
-        return self.weight if self.reduction == "sum" else self.weight / terms
 
 
 class _Elementwise(Likelihood):
@@ -135,6 +51,10 @@ class _Elementwise(Likelihood):
     def criteria(self, output: Tensor) -> int:
         """One per output entry."""
         return output.numel()
+
+    def counted(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """Entry by entry; an output of zero may be a target of zero, where training begins."""
+        return ((gradient != 0) | (output == 0)).to(gradient.dtype)
 
     @abstractmethod
     def diagonal(self, output: Tensor) -> Tensor:
@@ -200,10 +120,6 @@ class Bernoulli(_Elementwise):
     def reach(self, output: Tensor, gradient: Tensor) -> Tensor:
         """p down to a target of 0, 1 − p up to 1."""
         return torch.where(gradient > 0, output, -output).sigmoid()
-
-    def counted(self, gradient: Tensor) -> Tensor:
-        """Entry by entry."""
-        return (gradient != 0).to(gradient.dtype)
 
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """softplus(f′) − softplus(f) − p (f′ − f)."""
@@ -271,7 +187,7 @@ class Categorical(Likelihood):
         p = output.softmax(dim=1)
         return torch.where(gradient > 0, p, 1 - p)
 
-    def counted(self, gradient: Tensor) -> Tensor:
+    def counted(self, output: Tensor, gradient: Tensor) -> Tensor:
         """Position by position."""
         return (gradient != 0).any(dim=1, keepdim=True).to(gradient.dtype)
 
@@ -371,6 +287,10 @@ class MeanVariance(_Elementwise):
     def criteria(self, output: Tensor) -> int:
         """One per mean."""
         return output.numel() // 2
+
+    def counted(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """Mean and variance together."""
+        return (gradient != 0).any(dim=1, keepdim=True).to(gradient.dtype)
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """(mean − y) / variance and (1 − (mean − y)² / variance) / (2 variance) with y drawn from the Gaussian."""

@@ -1,0 +1,115 @@
+"""Stage 1, what a loss has to tell: the interface of the likelihoods, and what follows from it.
+
+A loss is ``R · Σ c``: a criterion ``c`` summed over the data and scaled by the reduction (:mod:`natgrad.likelihoods`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "sum", "batchmean"]
+
+
+class Likelihood(ABC):
+    """A distribution over targets whose negative log density is the loss's criterion.
+
+    Subclass it to give natgrad a loss of your own: fill in ``sample``, ``columns``, ``hessian_product`` and
+    ``criteria``. Data are the first dimension of the output.
+
+    Args:
+        reduction: ``"mean"`` and ``"sum"`` as torch's loss modules mean them; ``"batchmean"`` sums the criterion over
+            each datum's outputs and averages over the data.
+    """
+
+    def __init__(self, reduction: Reduction = "mean") -> None:
+        if reduction not in get_args(Reduction):
+            raise ValueError(f"`reduction` must be one of {get_args(Reduction)}, not {reduction!r}.")
+        self.reduction = reduction
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(reduction={self.reduction!r})"
+
+    @abstractmethod
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Gradient of the criterion at a target drawn from the model's own distribution, shaped like ``output``."""
+
+    @abstractmethod
+    def columns(self, output: Tensor) -> Iterator[Tensor]:
+        """Vectors shaped like ``output`` whose outer products sum to ∇²c of each datum; one per output entry."""
+
+    @abstractmethod
+    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        """∇²c times ``vector``; both shaped like ``output``."""
+
+    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
+        """KL divergence from the distribution at ``output`` to that at ``moved``, of each criterion.
+
+        With g the gradient of the loss at ``output``, the loss changes by g · (moved − output) + R Σ divergence:
+        exactly so where the criterion's targets enter linearly, as in all named losses. By default, its second-order
+        term. Shaped like ``output``, up to dimensions summed to one.
+        """
+        return (moved - output) * self.hessian_product(output, moved - output) / 2
+
+    def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
+        """∇c at ``moved`` less ∇c at ``output``, for the same target; by default to first order."""
+        return self.hessian_product(output, moved - output)
+
+    def reach(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        """The largest size of ∇c that a target allows, of each entry, with the sign of ``gradient``; None if unbounded.
+
+        Args:
+            output: As everywhere.
+            gradient: Any multiple of ∇c, shaped like ``output``, as the reach is.
+        """
+        return None
+
+    def counted(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        """Which criteria the loss counts: ones and zeros, one entry where the classes are; None if it cannot be told.
+
+        No model meets a target to all digits: without a gradient it is masked or ignored, or nothing is left to learn.
+
+        Args:
+            output: As everywhere.
+            gradient: Any multiple of ∇c, shaped like ``output``.
+        """
+        return None
+
+    def shares(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        """As ``counted``, with what each that counts weighs more where a mean is over these only; None if all count."""
+        counted = self.counted(output, gradient)
+        if counted is None or counted.all() or not counted.any():
+            return None
+        return counted / counted.mean() if self.reduction == "mean" else counted
+
+    @abstractmethod
+    def criteria(self, output: Tensor) -> int:
+        """How many criteria a torch ``mean`` would average over for this output."""
+
+    @property
+    def weight(self) -> float:
+        """What one criterion counts in the loss before the reduction divides."""
+        return 1.0
+
+    def check(self, output: Tensor) -> None:
+        """Raise a ``ValueError`` when the output cannot belong to this loss."""
+        if output.ndim < 1 or not output.is_floating_point():
+            raise ValueError(
+                f"{self!r} needs a floating point output with the data as its first dimension, and the model returned "
+                f"{output.dtype} of shape {tuple(output.shape)}. Pass `output=` to natgrad to select the tensor that "
+                "the loss sees."
+            )
+
+    def check_gradient(self, gradient: Tensor) -> None:
+        """Raise a ``ValueError`` when what arrived at the output, shaped like it, cannot be this loss's gradient."""
+        return  # without knowing the targets, most losses cannot tell
+
+    def terms(self, output: Tensor) -> int:
+        """What the reduction divides by; adds up when a batch is split."""
+        return output.shape[0] if self.reduction == "batchmean" else self.criteria(output)
+
+    def scale(self, terms: float) -> float:
+        """R, the factor between the sum of the criteria and the loss, for a batch with so many ``terms``."""
+        return self.weight if self.reduction == "sum" else self.weight / terms
