@@ -142,6 +142,8 @@ BUGS = {
     "a gradient in the order of what was returned": Bug("outputs.py", ".as_strided(shape, stride)", ".reshape(shape)", "test_outputs.py"),
     "a mean over what counts taken for one over all": Bug("criterion.py", 'counted / counted.mean() if self.reduction == "mean" else counted', "counted", CHANGE),
     "outputs of zero taken for masked ones": Bug("likelihoods.py", "((gradient != 0) | (output == 0))", "(gradient != 0)", CHANGE),
+    "other layers left out again": Bug("chance.py", "        random.setstate(of_python)\n", "", CHANGE),
+    "a pass that draws from Python taken for one that does not": Bug("chance.py", " and self._others == _other_streams()", "", CHANGE),
     "no gradients for a network that needs them": Bug("rerun.py", "if torch.is_grad_enabled() or ", "if True or ", "test_rerun.py"),
     "some data that no longer require gradients": Bug("rerun.py", ".requires_grad_(leaf.requires_grad)", "", "test_rerun.py"),
     "a network run on some nodes of a graph": Bug("quadratic.py", "        if (returned.shape, output.shape) != (", "        if False and (returned.shape, output.shape) != (", "test_rerun.py"),

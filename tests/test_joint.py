@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import jacrev
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
+import ranks
 from natgrad.joint import Joint, Part
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 from natgrad.losses import resolve
@@ -295,6 +298,52 @@ def test_labels_that_are_missing_have_no_curvature() -> None:
         with torch.no_grad():
             change = (loss() - before).item()
         assert optimizer.diagnostics(per_layer=False)["actual_change"] == pytest.approx(change, abs=1e-10)
+
+
+# Several processes.
+
+
+class TwoHeads(nn.Module):
+    """Of which the loop sees a dictionary, or one tensor."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.class_, self.size = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(7, 2)
+        self.together = together
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.body(x).tanh()
+        heads = self.class_(h), self.size(h)
+        return torch.cat(heads, 1) if self.together else dict(zip(("class", "size"), heads, strict=True))
+
+
+def halves(out: Any) -> dict[str, Tensor]:
+    return out if isinstance(out, dict) else {"class": out[:, :3], "size": out[:, 3:]}
+
+
+def train_two_heads(size: int, together: bool) -> Tensor:
+    """Parameters after five steps, of one process or of one among several."""
+    torch.set_default_dtype(torch.float64)
+    model = TwoHeads(together)
+    wrapped = DistributedDataParallel(model) if size > 1 else model
+    share = slice(dist.get_rank() if size > 1 else 0, None, size)
+    told = {"class": "cross_entropy", "size": (0.5, "mse")}
+    optimizer = natgrad.KFAC(wrapped, told, fisher="exact", batch_fraction=1.0, output=halves)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        x = torch.randn(24, 5, generator=generator)[share]
+        optimizer.zero_grad()
+        out = halves(wrapped(x))
+        (cross_entropy(out["class"], x[:, :3].argmax(1)) + 0.5 * mse_loss(out["size"], x[:, :2].sin())).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_ranks_take_the_steps_of_one_process(together: bool) -> None:
+    for one in ranks.run(train_two_heads, 2, 2, together):
+        assert torch.allclose(one, train_two_heads(1, together), rtol=1e-9, atol=1e-12)
 
 
 # What is refused.

@@ -1,9 +1,11 @@
 """The change of the loss by a step, from outputs and the gradient alone, against the loss that the user computes."""
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -250,6 +252,52 @@ def test_change_with_dropout_is_that_of_the_users_mask(normalizes: bool, monkeyp
     torch.manual_seed(7)
     actual = change_by_natgrad(model, "cross_entropy", lambda m: cross_entropy(m(x), y))
     assert actual == pytest.approx(expected, rel=1e-9)
+
+
+class Skips(nn.Module):
+    """Layers that are left out at random, by Python's stream or by numpy's."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.draw = nn.Linear(3, 8), draw
+        self.middle = nn.ModuleList(nn.Linear(8, 8) for _ in range(8))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for layer in self.middle:
+            if self.draw() < 0.5:
+                h = h + layer(h).tanh()
+        return self.last(h)
+
+
+@pytest.mark.parametrize("stream", [random.random, np.random.random_sample], ids=["Python", "numpy"])
+@pytest.mark.filterwarnings("ignore:natgrad. layer 'middle:UserWarning")
+def test_layers_that_are_left_out_at_random_are_left_out_again(stream: Callable[[], float]) -> None:
+    """The change of the loss is that of the layers that were drawn; the stream goes on as it would without natgrad."""
+    random.seed(1)
+    np.random.seed(1)
+    x, y = torch.randn(20, 3), classes_of(20)
+    model = Skips(stream)
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    users: list[float] = []
+    for _ in range(4):
+        drawn: list[float] = []
+        model.draw = lambda drawn=drawn: drawn.append(stream()) or drawn[-1]
+        optimizer.zero_grad()
+        before = cross_entropy(model(x), y)
+        layers = drawn[:8]
+        users += layers
+        before.backward()
+        optimizer.step()
+        model.draw = iter(layers).__next__
+        with torch.no_grad():
+            change = (cross_entropy(model(x), y) - before).item()
+        assert optimizer.diagnostics(per_layer=False)["actual_change"] == pytest.approx(change, rel=1e-8)
+    random.seed(1)
+    np.random.seed(1)
+    assert users == [stream() for _ in users]
 
 
 def test_a_pass_without_chance_needs_some_of_the_data_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,8 +90,8 @@ class Refusals:
             warnings.warn(
                 f"natgrad: {REFUSED} steps in a row were not taken, as none lowers the loss that `loss` and `output` "
                 "tell of. If the loop's is another, such as a sum over several outputs, declare that: a dictionary of "
-                'losses by the keys of the outputs, or a `Likelihood` of your own. Or use `fisher="empirical"` with '
-                "numbers as `lr` and `momentum`.",
+                "losses by the keys of the outputs, or a `Likelihood` of your own. If it has a large penalty on the "
+                "parameters, use `weight_decay` in its place, or numbers as `lr` and `momentum`.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from natgrad.batch import Call, Forward
-from natgrad.chance import Chance, accelerators
+from natgrad.chance import Chance, streams_left_alone
 from natgrad.distributed import is_sharded, shards_left_alone
 from natgrad.layers import uncompiled
 from natgrad.losses import Weights
@@ -51,7 +51,7 @@ def rerun(
     """
     # Copies made in here may be written to under differentiation; captured ones may not.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(accelerators(model)), shards_left_alone(model), uncompiled(model):
+    with streams_left_alone(model), shards_left_alone(model), uncompiled(model):
         if chance is not None:
             chance.restore()
         try:
