@@ -27,7 +27,7 @@ LINEAR, KINDS, LOSSES = "test_linear_exactness.py", "test_layers_exactness.py", 
 EKFAC, TOLD, MULTIPLIER, NOISE = "test_ekfac.py", "test_diagnostics.py", "test_multiplier.py", "test_noise.py"
 RESUME, GROUPS, COPIES, CHANGE = "test_resume.py", "test_groups.py", "test_copies.py", "test_quadratic_change.py"
 SAMPLE, TRUST, AVERAGING, RATES = "test_quadratic_sample.py", "test_trust.py", "test_averaging.py", "test_rates.py"
-JOINT = "test_joint.py"
+JOINT, REST = "test_joint.py", "test_undeclared.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return (1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
     "loss reduced by mean treated as a sum": Bug("criterion.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
@@ -144,6 +144,10 @@ BUGS = {
     "outputs of zero taken for masked ones": Bug("likelihoods.py", "((gradient != 0) | (output == 0))", "(gradient != 0)", CHANGE),
     "other layers left out again": Bug("chance.py", "        random.setstate(of_python)\n", "", CHANGE),
     "a pass that draws from Python taken for one that does not": Bug("chance.py", " and self._others == _other_streams()", "", CHANGE),
+    "steps that may not raise the declared loss": Bug("quadratic.py", "(0.0 if rest is None else rest.change(c))", "0.0", REST),
+    "curvature of a rest not measured": Bug("undeclared.py", "if start == start and", "if False and", REST),
+    "where a step began forgotten by a checkpoint": Bug("undeclared.py", "self._keep(PATIENCE, bend, torch.nan if", "self._keep(PATIENCE, bend, torch.nan if True or", REST),
+    "rounding taken for a rest": Bug("undeclared.py", "ROUNDING * size", "0.0", REST),
     "no gradients for a network that needs them": Bug("rerun.py", "if torch.is_grad_enabled() or ", "if True or ", "test_rerun.py"),
     "some data that no longer require gradients": Bug("rerun.py", ".requires_grad_(leaf.requires_grad)", "", "test_rerun.py"),
     "a network run on some nodes of a graph": Bug("quadratic.py", "        if (returned.shape, output.shape) != (", "        if False and (returned.shape, output.shape) != (", "test_rerun.py"),

@@ -194,9 +194,20 @@ def test_a_loss_that_natgrad_does_not_know_is_told_of() -> None:
             (cross_entropy(one, y) + 30 * cross_entropy(other, 1 - y)).backward()
             optimizer.step()
 
-    with pytest.warns(RuntimeWarning, match=r"5 steps in a row were not taken.*sum over several outputs") as warned:
+    with pytest.warns(RuntimeWarning, match=r"the loop's loss has terms that.*sum over several outputs") as warned:
         train(8)
     assert len(warned) == 1
+
+
+def test_training_that_stands_still_is_told_of() -> None:
+    """Once."""
+    refusals = rates.Refusals()
+    told = {"predicted_change": -1.0 / 256, "halvings": 8.0}
+    for _ in range(rates.REFUSED - 1):
+        refusals.note(0.0, told)
+    with pytest.warns(RuntimeWarning, match=r"5 steps in a row were not taken.*large penalty"):
+        refusals.note(0.0, told)
+    refusals.note(0.0, told)
 
 
 def test_steps_refused_where_all_is_learnt_are_none_of_the_users_concern() -> None:

@@ -31,6 +31,7 @@ from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.quadratic import HALVINGS, LocalModel
 from natgrad.trust import Trust
+from natgrad.undeclared import Undeclared
 
 # The targets are looked at in so many data at most, in fewer if these have so many entries, and in some of these.
 DATA, LOOKED_AT, ENTRIES = 64, 2**14, 4096
@@ -101,7 +102,7 @@ class LossMultiplier:
         state: Of the first layer's first parameter: ``multiplier``, s and S; and ``promise``, what the previous step
             promised: its slope and bend, the squared gradient at the output before it, −1 without a previous step, and
             whether steps are trusted.
-        local: The quadratic model of the current pass, made where it is needed.
+        local: The quadratic model of the current pass, made where it is needed; with ``more`` data if wanted.
         forward: The current pass.
         likelihood: Of the declared loss.
         terms: What the declared loss's reduction divides by.
@@ -111,7 +112,7 @@ class LossMultiplier:
     def __init__(
         self,
         state: MutableMapping[str, Any],
-        local: Callable[[], LocalModel],
+        local: Callable[..., LocalModel],
         forward: Forward,
         likelihood: Likelihood,
         terms: float,
@@ -123,9 +124,22 @@ class LossMultiplier:
     @cached_property
     def local(self) -> LocalModel:
         """The quadratic model of the user's loss, on the current pass."""
-        local = self._local()
+        if self.undeclared.is_found:
+            return self.of_all()
+        local = self._local(more=Trust(self.state).more)
         self._tell(local)
         return local
+
+    def of_all(self) -> LocalModel:
+        """The same on all data of the pass."""
+        local = self._local(more=math.inf)
+        self._tell(local)
+        return local
+
+    @cached_property
+    def undeclared(self) -> Undeclared:
+        """What of the user's loss was not declared."""
+        return Undeclared(self.state)
 
     def _tell(self, local: LocalModel) -> None:
         local.multiplier, local.scaler = self.loss, self.scaler
@@ -185,6 +199,8 @@ class LossMultiplier:
             return False
         if not finite:
             return not self._finite_output
+        if self.undeclared.is_found:  # of which outputs tell nothing
+            return False
         return not self.bound[1] and (not trusted or self.error() > GROWTH * error)
 
     def accepts(self, step: dict[str, Tensor]) -> bool:

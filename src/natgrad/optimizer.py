@@ -224,7 +224,9 @@ class KFAC(torch.optim.Optimizer):
         resting = any("velocity" in self.state[p] for p in self._names.keys() - natural.keys())
         is_whole = even or averaged is not None
         times = lr if self.automatic_lr else 1.0
-        course = Course(self._names, natural, previous, self.preconditioner.gradient, times, is_whole, resting)
+        looks = self.preconditioner.capture.sampling  # so the damping is automatic
+        own = self.preconditioner.gradient
+        course = Course(self._names, natural, previous, own, times, is_whole, resting, looks)
         alpha, mu = self._coefficients(course, averaged, lr)
         self._diagnostics.update(lr=alpha, momentum=mu)
         self._move(natural, previous, shares, alpha, mu)
@@ -271,7 +273,7 @@ class KFAC(torch.optim.Optimizer):
         else:
             mu, (alpha, told) = 0.0, by_average(multiplier, course, averaged.get, self.preconditioner.metric.renewed)
         self._diagnostics.update(told)
-        if self.preconditioner.capture.sampling:  # else the damping that was given may be to blame
+        if course.looks:
             self._refusals.note(alpha, told)
         if averaged is not None and not alpha:
             self._averages().start_anew()

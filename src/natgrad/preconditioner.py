@@ -380,7 +380,7 @@ class Preconditioner:
         forward.see_what_counts(likelihood)
         ranks = Ranks(self.world, batch.part, forward.output)
         state, select = self._state(self.layers[0]), self.capture.view
-        local = partial(LocalModel, self.model, likelihood, select, forward, batch.terms, ranks, Trust(state).more)
+        local = partial(LocalModel, self.model, likelihood, select, forward, batch.terms, ranks)
         return LossMultiplier(state, local, forward, likelihood, batch.terms, ranks)
 
     def _update_factors(self, layer: Layer, batch: Batch) -> None:

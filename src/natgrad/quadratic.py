@@ -24,13 +24,14 @@ Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.batch import Forward, shuffled
-from natgrad.derivatives import Outputs, along, directional_derivative
+from natgrad.derivatives import Outputs, along, directional_derivative, length
 from natgrad.distributed import Ranks, is_sharded, whole
 from natgrad.layers import at_least_float32, uses_batch_statistics
 from natgrad.likelihoods import Likelihood
@@ -76,8 +77,9 @@ class LocalModel:
         self.multiplier, self.scaler = 1.0, 1.0
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
         self.parts = (0.0, 0.0)
+        self._products: list[Tensor] = []  # J d, of the latest `curvature`
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
-        enough = round(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data))
+        enough = round(min(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data), forward.data))
         # Only all data together draw the dropout that they drew before.
         if not (enough < forward.data and forward.chance is None and self._take_some(enough)):
             self._take_all()
@@ -130,12 +132,27 @@ class LocalModel:
         parameters = self._parameters(directions[0])
         tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
         previous, data = tangents[-1] if len(tangents) > 1 else None, self.forward.data / (self.ranks.part or 1.0)
-        self._before, products = along(self._run, parameters, tangents, previous, data, self._before)
+        self._before, self._products = along(self._run, parameters, tangents, previous, data, self._before)
         _, at = self._before
         root = self._weigh(at).sqrt()
-        J = torch.stack([(product * root).flatten() for product in products])
-        HJ = torch.stack([(root * self.likelihood.hessian_product(at, product)).flatten() for product in products])
+        J = torch.stack([(product * root).flatten() for product in self._products])
+        HJ = torch.stack(
+            [(root * self.likelihood.hessian_product(at, product)).flatten() for product in self._products]
+        )
         return self.ranks.mean(self._scale(at) * (J @ HJ.mT))
+
+    def slopes(self) -> Tensor | None:
+        """Of the declared loss along the directions of the latest ``curvature``; None unless they are exact.
+
+        Returns:
+            (2, k): the slopes, and what they would be if all their terms had one sign, by which rounding is measured.
+        """
+        is_all = self.has_all and self.forward.terms(self.likelihood) == self.total_terms
+        if not is_all or self.forward.find is not None:
+            return None
+        arrived = self._arrived() / self.scaler
+        terms = [(arrived * product).double() for product in self._products]
+        return self.ranks.mean(torch.stack([torch.stack([t.sum(), t.abs().sum()]) for t in terms], dim=1))
 
     def slope(self, direction: dict[str, Tensor]) -> float:
         """Derivative along the direction of what the user differentiated, by its gradient at the output."""
@@ -165,6 +182,10 @@ class LocalModel:
         slope, rise = map(float, self.ranks.mean(torch.stack([linear, bend])))
         self.parts = (slope, 2 * rise)
         return slope + rise
+
+    def size_of(self, direction: dict[str, Tensor]) -> float:
+        """Length of the parameters that a direction moves."""
+        return float(length(self._parameters(direction).values()))
 
     def is_finite(self, step: dict[str, Tensor]) -> bool:
         """Whether the output would be finite if the parameters moved by ``step``."""
@@ -210,8 +231,43 @@ class LocalModel:
         return chosen
 
 
+@dataclass(frozen=True)
+class Rest:
+    """Of the loss that the loop differentiates, what was not declared, along k directions.
+
+    Attributes:
+        slopes: (k,).
+        squares: Products of the directions, (k, k).
+        bend: Its curvature per squared length.
+        reach: How long a step may be.
+    """
+
+    slopes: Tensor
+    squares: Tensor
+    bend: float
+    reach: float
+
+    @property
+    def curvature(self) -> Tensor:
+        """(k, k)."""
+        return self.bend * self.squares
+
+    def within(self, c: Tensor) -> Tensor:
+        """Coefficients, as much smaller as their step is too long."""
+        wanted = float(c @ self.squares @ c) ** 0.5
+        return c * min(1.0, self.reach / wanted) if wanted > 0 else c
+
+    def change(self, c: Tensor) -> float:
+        """By a step of these coefficients."""
+        return float(self.slopes @ c + c @ self.curvature @ c / 2)
+
+
 def choose(
-    local: LocalModel, directions: Sequence[dict[str, Tensor]], b: Tensor, given: Sequence[float | None]
+    local: LocalModel,
+    directions: Sequence[dict[str, Tensor]],
+    b: Tensor,
+    given: Sequence[float | None],
+    find_rest: Callable[[LocalModel, Sequence[dict[str, Tensor]], Tensor], Rest | None] = lambda *_: None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Coefficients of the directions that lower the loss, by the model and then in fact.
 
@@ -220,19 +276,27 @@ def choose(
         directions: The natural gradient downhill and, perhaps, the previous step, by parameter name.
         b: Products of the loss's gradient with the directions.
         given: Coefficients that the user chose; None for those that are free.
+        find_rest: What of the loss was not declared, once the curvature of what was is known.
 
     Returns:
         The coefficients, and diagnostics. All are zero when even the shortest step does not lower the loss.
     """
     M = local.curvature(directions)
+    rest = find_rest(local, directions, b)
+    M = M if rest is None else M + rest.curvature
     c = minimize(M, b, given)
     if given[0] is None and c[0] < 0:  # noise: the natural gradient goes downhill
         c = minimize(M, b, [0.0, *given[1:]])
-    return shorten(local, directions, b, M, c)
+    return shorten(local, directions, b, M, c if rest is None else rest.within(c), rest)
 
 
 def shorten(
-    local: LocalModel, directions: Sequence[dict[str, Tensor]], b: Tensor, M: Tensor, c: Tensor
+    local: LocalModel,
+    directions: Sequence[dict[str, Tensor]],
+    b: Tensor,
+    M: Tensor,
+    c: Tensor,
+    rest: Rest | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Coefficients halved until the step lowers the loss in fact.
 
@@ -242,6 +306,7 @@ def shorten(
         b: Slopes of the loss along them.
         M: Its curvature along them.
         c: The coefficients.
+        rest: What of the loss ``local`` is not of.
 
     Returns:
         As ``choose``.
@@ -250,7 +315,7 @@ def shorten(
     for halvings in range(HALVINGS + 1):
         step = combine(directions, c)
         kl = 0.5 * c @ M @ c
-        predicted, actual = float(b @ c + kl), local.change(step)
+        predicted, actual = float(b @ c + kl), local.change(step) + (0.0 if rest is None else rest.change(c))
         diagnostics = {
             "predicted_change": predicted,
             "actual_change": actual,

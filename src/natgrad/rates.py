@@ -15,6 +15,7 @@ is remembered, so that the next batch can tell how much of it was true.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Course:
         times: What a chosen step is multiplied by before it is taken.
         whole: Whether ``previous`` is all of the previous step.
         resting: Whether a layer that is not used now keeps an older step.
+        looks: Whether to look for a reason where steps are refused; with a damping that was given, that may be it.
     """
 
     names: Mapping[nn.Parameter, str]
@@ -53,6 +55,7 @@ class Course:
     times: float
     whole: bool
     resting: bool
+    looks: bool
 
     def directions(self) -> list[dict[str, Tensor]]:
         """Downhill along the natural gradient and, if there was one, the previous step; by parameter name."""
@@ -108,14 +111,21 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
     directions, promised, trust = course.directions(), multiplier.promised, Trust(multiplier.state)
     slopes = [-dot(course.natural, course.gradient), course.slope()][: len(directions)]
     b = multiplier.ranks.mean(torch.stack([slope.cpu() for slope in slopes]))
-    c, told = quadratic.choose(multiplier.local, directions, b, given[: len(directions)])
+    rest = multiplier.undeclared
+    if not course.whole:
+        rest.forget()
+    c, told = quadratic.choose(multiplier.local, directions, b, given[: len(directions)], rest.along)
     _look_back(multiplier, course, told, promised)
-    slope, bend = multiplier.local.parts
+    slope, bend = (own + more for own, more in zip(multiplier.local.parts, rest.parts(c), strict=True))
     multiplier.promise(course.times * slope, course.times**2 * bend)
     if not c.any() and told["halvings"]:
         multiplier.reject()
-    elif course.resting:
-        multiplier.forget()
+        if course.looks:
+            rest.refused(multiplier.of_all, directions, b)
+    else:
+        rest.took(course.times * c)
+        if course.resting:
+            multiplier.forget()
     if given[0] is None:
         trust.chose(float(c[0]))
     told |= {"confirmed": trust.confirmed, "ease": trust.ease}
@@ -144,16 +154,12 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     fresh, due = min(own / slope, 1.0), pace.due(slope, renewed)
     kept = 1.0
     if due or pace.lags(back):
-        directions = course.directions()
-        M = multiplier.local.curvature(directions)
-        pace.measure(slope, float(M[0, 0]), due)
-        b, c = torch.zeros(2, len(directions), dtype=torch.float64)
-        b[0], b[1:], c[0] = -fresh * slope, back, fresh * pace.rate
-        tried, tale = quadratic.shorten(multiplier.local, directions, b, M, c)
+        kept, tale = _measured(multiplier, course, pace, Slopes(own, slope, back), due)
         # A batch that is asked for its slope is no witness of what others confirm.
         _look_back(multiplier, course, tale, promised if due else 0.0)
         told |= tale
-        kept = float(tried[0] / c[0])
+    else:
+        multiplier.undeclared.forget()
     told |= {"confirmed": trust.confirmed, "ease": trust.ease}
     if not kept:
         pace.rest()
@@ -166,6 +172,41 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     if not course.resting:
         multiplier.promise(-step * slope, bend, evident=False)
     return alpha, told
+
+
+class Slopes(NamedTuple):
+    """Of the loss.
+
+    Attributes:
+        own: Along the natural gradient, on this batch, uphill.
+        averaged: The same by the average of gradients.
+        back: Along the previous step.
+    """
+
+    own: float
+    averaged: float
+    back: float
+
+
+def _measured(multiplier: LossMultiplier, course: Course, pace: Pace, slopes: Slopes, due: bool) -> tuple[float, Told]:
+    """The share of a step that is kept when it is tried, once its rate has been measured, and diagnostics."""
+    directions, rest = course.directions(), multiplier.undeclared
+    M = multiplier.local.curvature(directions)
+    total = torch.tensor([-slopes.own, slopes.back], dtype=M.dtype)[: len(directions)]
+    more = rest.along(multiplier.local, directions, total)
+    M = M if more is None else M + more.curvature
+    pace.measure(slopes.averaged, float(M[0, 0]), due)
+    fresh = min(slopes.own / slopes.averaged, 1.0)
+    b, c = torch.zeros(2, len(directions), dtype=torch.float64)
+    b[0], b[1:], c[0] = -fresh * slopes.averaged, slopes.back, fresh * pace.rate
+    within = c if more is None else more.within(c)
+    tried, told = quadratic.shorten(multiplier.local, directions, b, M, within, more)
+    kept = float(tried[0] / c[0])
+    if kept:
+        rest.took(course.times * tried)
+    elif course.looks:
+        rest.refused(multiplier.of_all, directions, total)
+    return kept, told
 
 
 def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised: float) -> None:

@@ -21,7 +21,16 @@ OF_BLOCK = ("scale", "spectrum", "shift")
 # Whether the factors are newer than their inverse.
 MOVED = "moved"
 # Kept with the first layer, for the whole network; and their sizes.
-OF_ALL = {"multiplier": 2, "promise": 4, "confirmed": 1, "ease": 5, "more": 1, "pace": 5, "progress": 5}
+OF_ALL = {
+    "multiplier": 2,
+    "promise": 4,
+    "confirmed": 1,
+    "ease": 5,
+    "more": 1,
+    "pace": 5,
+    "progress": 5,
+    "undeclared": 3,
+}
 
 
 def names(inverse: Sequence[str], sampling: bool) -> list[str]:
