@@ -116,7 +116,7 @@ BUGS = {
     "few data for the noise all counted alike": Bug("noise.py", "counts = (upto[-1] / (ENOUGH * sizes[chosen]))", "counts = (data / ENOUGH + 0 * sizes[chosen])", NOISE),
     "dropout drawn anew": Bug("rerun.py", "if chance is not None:", "if False:", CHANGE),
     "dropout of some of the data": Bug("quadratic.py", " and forward.chance is None and self._take_some", " and self._take_some", CHANGE),
-    "every pass takes its chances": Bug("chance.py", "return None if all(", "return None if False and all(", CHANGE),
+    "every pass takes its chances": Bug("chance.py", "return None if stayed else self", "return self", CHANGE),
     "classes where they are not": Bug("likelihoods.py", "if sums[1] > DIFFERENT and", "if False and", LOSSES),
     "noise of some data for that of all": Bug("noise.py", "sample.data * lengths", "lengths", NOISE),
     "the largest eigenvalue counted": Bug("damping.py", "(diagonal.sum(-1) - largest) / (size - 1)", "diagonal.sum(-1) / size", "test_damping.py"),
