@@ -26,8 +26,7 @@ exact = solution(grid)
 # The model's output is the residuals, so that the loss is a mean square and K-FAC needs no special case;
 # :mod:`natgrad.experiments.bench.workloads.physics` tells how. All runs start from the same weights, on the same 1,000
 # points, and stop after the same processor time. Adam has three rates to choose from, each falling linearly to zero;
-# its best is what counts. K-FAC is given what a problem without noise can use: light damping, and factors averaged
-# over a few steps.
+# its best is what counts. K-FAC has its defaults.
 
 
 def train(rate: float | None) -> tuple[Poisson, list[tuple[float, float]]]:
@@ -36,16 +35,7 @@ def train(rate: float | None) -> tuple[Poisson, list[tuple[float, float]]]:
     model = Poisson(width=64, depth=3).double()
     optimizer: torch.optim.Optimizer
     if rate is None:
-        optimizer = natgrad.KFAC(
-            model,
-            "mse",
-            damping=1e-7,
-            inverse="eigen",
-            factor_decay=0.95,
-            batch_fraction=1.0,
-            curvature_period=1,
-            inverse_period=1,
-        )
+        optimizer = natgrad.KFAC(model, "mse")
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
     curve, used, step = [], 0.0, 0
