@@ -108,9 +108,7 @@ def test_the_gradient_at_an_output_in_another_order_is_known(
     assert torch.equal(origin.order(arrived), weight)
 
 
-@pytest.mark.parametrize(
-    "part", [lambda out: out[:, :, 1:], lambda out: out.expand(2, 3, 5, 4), lambda out: out[:2]]
-)
+@pytest.mark.parametrize("part", [lambda out: out[:, :, 1:], lambda out: out.expand(2, 3, 5, 4), lambda out: out[:2]])
 def test_a_part_or_a_copy_of_an_output_is_another_tensor(part: Callable[[Tensor], Tensor]) -> None:
     raw = torch.randn(3, 5, 4).requires_grad_() * 1
     view = View(part, resolve("mse"))
