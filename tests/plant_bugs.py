@@ -100,7 +100,7 @@ BUGS = {
     "windows of one length": Bug("averaging.py", "WINDOW * (float(self.state[\"step\"]) - count)", "0", AVERAGING),
     "the rate of a metric that is gone": Bug("averaging.py", "or renewed or", "or", AVERAGING),
     "the slope of the average for the batch's own": Bug("rates.py", "-step * own + bend / 2", "-step * slope + bend / 2", RATES),
-    "a stale average followed all the way": Bug("rates.py", "min(own / slope, 1.0)", "1.0", RATES),
+    "a stale average followed all the way": Bug("rates.py", "return min(self.own / self.averaged, 1.0)", "return 1.0", RATES),
     "factors of the latest batch alone": Bug("preconditioner.py", "AVERAGED_DECAY if self.averages else 0.0", "0.0", RATES),
     "a given number averaged away": Bug("optimizer.py", "self.preconditioner.may_average = lr == momentum == \"auto\"", "self.preconditioner.may_average = True", RATES),
     "more data for a loss that is not quadratic": Bug("trust.py", "if halvings and doubtful and", "if halvings and", TRUST),

@@ -120,6 +120,7 @@ class Forward:
         uses: The calls of the layers, together where their rows are positions of the same rows; none if not due.
         weights: What the targets imply, where a loss module was watched.
         seen: The model's own output, where the loss module got a rearranged one.
+        rearrange: From the model's own output to that input, where it was looked for already.
         find: From what the model returned to what ``output`` was made from, where a function of the user's did so.
         gradient: Of the user's loss with respect to that or else ``output``, once it has arrived.
         seed: Of the order in which data are chosen, see :func:`shuffled`.
@@ -134,12 +135,13 @@ class Forward:
     uses: list[list[Call]]
     weights: Weights | None = None
     seen: Tensor | None = None
+    rearrange: Callable[[Tensor], Tensor] | None = None
     find: Find | None = None
     gradient: Tensor | None = None
     seed: int = 0
     chance: Chance | None = None
     multiplier: Tensor | None = None
-    ear: "Ear" = field(default_factory=lambda: Ear())
+    ear: Ear = field(default_factory=Ear)
 
     def listen(self, origins: Sequence[Origin]) -> None:
         """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over.
@@ -173,8 +175,8 @@ class Forward:
 
         In half precision a gradient may be zero for being small.
         """
-        tells = self.gradient is not None and self.find is None and self.output.dtype != torch.float16
-        if not tells or self.weights is not None or self.gradient is None:
+        told = self.weights is not None or self.output.dtype == torch.float16
+        if told or self.gradient is None or self.find is not None:
             return
         shares = likelihood.shares(at_least_float32(self.output), self.gradient)
         if shares is not None:

@@ -29,7 +29,7 @@ from natgrad.distributed import World
 from natgrad.factors import Statistics, share_needed
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
-from natgrad.outputs import Origin, View, is_traced
+from natgrad.outputs import Origin, View, rearrangement
 from natgrad.rerun import again, few, stands_for
 from natgrad.vectors import vectors
 
@@ -217,8 +217,11 @@ class Capture:
         seen = named.pop("input")
         if self._waiting is None or not seen.requires_grad or self.loss.likelihood is None:
             return
-        if not (self.loss.indispensable or is_traced(self._waiting.output, seen)):
-            return  # its gradient will tell which targets count
+        if not self.loss.indispensable:
+            try:
+                self._waiting.rearrange = rearrangement(self._waiting.output, seen)
+            except ValueError:  # the gradient will tell which targets count
+                return
         forward, self._waiting = self._waiting, None
         assert self.loss.weigh is not None
         self.loss.likelihood.check(seen)
@@ -246,8 +249,7 @@ class Capture:
         self._gather(forward, [])
 
     def _gather(self, forward: Forward, origins: Sequence[Origin]) -> None:
-        part = self._part(forward) if forward.uses else forward
-        if forward.uses:
+        if (part := self._part(forward)).uses:
             # The user's autocast would round the products of rows to half precision.
             with torch.no_grad(), full_precision(forward.output.device.type):
                 for use in part.uses:

@@ -169,7 +169,7 @@ def _from_module(module: nn.Module) -> Loss:
     make, weigh = kind
     if isinstance(module, nn.BCEWithLogitsLoss) and module.weight is None and module.pos_weight is None:
         weigh = None
-    weighs_always = isinstance(module, nn.GaussianNLLLoss | nn.KLDivLoss | nn.HuberLoss | nn.SmoothL1Loss | nn.L1Loss)
+    weighs_always = weigh in (_weigh_gaussian, _weigh_divergence, _weigh_robust)
     options = any(getattr(module, name, None) is not None for name in ("weight", "pos_weight"))
     indispensable = options or bool(getattr(module, "label_smoothing", 0)) or weighs_always
     likelihood = make(module, cast(Reduction, reduction))

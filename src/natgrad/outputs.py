@@ -76,9 +76,12 @@ class View:
         Returns:
             The tensors, and how to find them in what the model returns another time; None if they are the heads.
         """
+        themselves = [Origin(head) for head in heads]
+        if self.function is None:
+            return themselves, None
         returned = _tensors(raw)
-        if self.function is None or all(any(head is one for one in returned) for head in heads):
-            return [Origin(head) for head in heads], None
+        if all(any(head is one for one in returned) for head in heads):
+            return themselves, None
         edges = [get_gradient_edge(one) if one.requires_grad else None for one in returned]
         met = [_met(get_gradient_edge(head), edges) if head.requires_grad else set[int]() for head in heads]
         if all(
@@ -89,7 +92,7 @@ class View:
             return [Origin(one, head.shape, head.stride()) for one, head in zip(origins, heads, strict=True)], None
         places = sorted(set().union(*met))
         if not places or (len(places) > 1 and any(len(returned[place]) != len(heads[0]) for place in places)):
-            return [Origin(head) for head in heads], None
+            return themselves, None
 
         def find(again: Any) -> Tensor:
             tensors = _tensors(again)
@@ -143,6 +146,7 @@ def rearrangement(returned: Tensor | None, given: Tensor) -> Callable[[Tensor], 
     """
     if returned is None:
         return lambda out: out
+    returned, given = returned.detach(), given.detach()
     ways: list[Callable[[Tensor], Tensor]] = [
         lambda out: out,
         lambda out: out.reshape(-1, *given.shape[1:]),
@@ -161,15 +165,6 @@ def rearrangement(returned: Tensor | None, given: Tensor) -> Callable[[Tensor], 
         f"of shape {tuple(returned.shape)}: pass `output=` to natgrad, a function that makes the one from the other. "
         "Where some entries are chosen by the data, choose them in the model, or mark the other targets as ignored."
     )
-
-
-def is_traced(returned: Tensor, given: Tensor) -> bool:
-    """Whether ``rearrangement`` knows how."""
-    try:
-        rearrangement(returned.detach(), given.detach())
-    except ValueError:
-        return False
-    return True
 
 
 def as_one(tensors: Sequence[Tensor]) -> Tensor:

@@ -72,7 +72,8 @@ class LocalModel:
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
         self.ranks = ranks or Ranks()
-        self.forward, self.rearrange, self.total_terms = forward, rearrangement(forward.seen, forward.output), terms
+        self.forward, self.total_terms = forward, terms
+        self.rearrange = forward.rearrange or rearrangement(forward.seen, forward.output)
         # The user's loss is so many times the declared one, and its gradient at the output so many times longer still.
         self.multiplier, self.scaler = 1.0, 1.0
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.

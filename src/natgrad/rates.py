@@ -151,10 +151,10 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     if not (own > 0 and slope > 0):
         pace.rest()
         return 0.0, told
-    fresh, due = min(own / slope, 1.0), pace.due(slope, renewed)
+    along, due = Slopes(own, slope, back), pace.due(slope, renewed)
     kept = 1.0
     if due or pace.lags(back):
-        kept, tale = _measured(multiplier, course, pace, Slopes(own, slope, back), due)
+        kept, tale = _measured(multiplier, course, pace, along, due)
         # A batch that is asked for its slope is no witness of what others confirm.
         _look_back(multiplier, course, tale, promised if due else 0.0)
         told |= tale
@@ -165,7 +165,7 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
         pace.rest()
         multiplier.reject()
         return 0.0, told
-    alpha = kept * fresh * pace.rate
+    alpha = kept * along.fresh * pace.rate
     step = course.times * alpha
     bend = step**2 * slope * pace.ratio
     pace.take(kept, -step * slope, -step * own + bend / 2)
@@ -187,6 +187,11 @@ class Slopes(NamedTuple):
     averaged: float
     back: float
 
+    @property
+    def fresh(self) -> float:
+        """So much of the step along the average this batch agrees to."""
+        return min(self.own / self.averaged, 1.0)
+
 
 def _measured(multiplier: LossMultiplier, course: Course, pace: Pace, slopes: Slopes, due: bool) -> tuple[float, Told]:
     """The share of a step that is kept when it is tried, once its rate has been measured, and diagnostics."""
@@ -196,9 +201,8 @@ def _measured(multiplier: LossMultiplier, course: Course, pace: Pace, slopes: Sl
     more = rest.along(multiplier.local, directions, total)
     M = M if more is None else M + more.curvature
     pace.measure(slopes.averaged, float(M[0, 0]), due)
-    fresh = min(slopes.own / slopes.averaged, 1.0)
     b, c = torch.zeros(2, len(directions), dtype=torch.float64)
-    b[0], b[1:], c[0] = -fresh * slopes.averaged, slopes.back, fresh * pace.rate
+    b[0], b[1:], c[0] = -slopes.fresh * slopes.averaged, slopes.back, slopes.fresh * pace.rate
     within = c if more is None else more.within(c)
     tried, told = quadratic.shorten(multiplier.local, directions, b, M, within, more)
     kept = float(tried[0] / c[0])
