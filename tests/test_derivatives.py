@@ -125,3 +125,59 @@ def test_differences_stand_in_where_there_is_no_forward_mode() -> None:
     tangent = {name: d.double() for name, d in direction.items()}
     _, expected = torch.func.jvp(lambda p: functional_call(exact, p, (x.double(),))[0], (wide,), (tangent,))
     assert relative_error(product.double(), expected) < 1e-3
+
+
+class Slope(nn.Module):
+    """How the sum of a network's outputs changes with its inputs, which are told to require gradients in here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.inner(x).sum(), x, create_graph=True)[0]
+
+
+def slope_of(dtype: torch.dtype) -> tuple[Callable[[Direction], tuple[Tensor, ...]], Direction, Direction]:
+    """The function, its parameters, and a direction."""
+    model = Slope()
+    x, direction = torch.randn(16, 3), {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    model.to(dtype)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return function(model, x.to(dtype)), parameters, {name: d.to(dtype) for name, d in direction.items()}
+
+
+@torch.no_grad()
+def test_a_network_that_calls_autograd_is_differentiated_by_dual_numbers() -> None:
+    """In single precision as exactly as that is; a difference has ten times the error."""
+    _, (expected, _) = directional_derivative(*slope_of(torch.float64))
+    output, parameters, direction = slope_of(torch.float32)
+    outputs, (product, _) = directional_derivative(output, parameters, direction)
+    assert relative_error(product.double(), expected) < 2e-6
+    assert not product.requires_grad
+    assert not outputs[0].requires_grad
+    _, (differed, _) = central_difference(output, parameters, direction)
+    assert relative_error(differed.double(), expected) > 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("change", "passes"), [(0.1, 2), (0.01, 3)])
+def test_differences_of_such_networks_look_further_or_not_at_all(change: float, passes: int) -> None:
+    """A pass that is a tenth of the outputs away tells more than their rounding; one that is closer may not."""
+    output, parameters, direction = slope_of(torch.float32)
+    before, (product, _) = directional_derivative(output, parameters, direction)
+    length = torch.stack([d.norm() for d in direction.values()]).norm()
+    step = {"all": change * before[0].norm() / product.norm() * length / derivatives.OWN_REACH}
+    calls = 0
+
+    def counted(p: Direction) -> tuple[Tensor, ...]:
+        nonlocal calls
+        calls += 1
+        return output(p)
+
+    _, (told,) = along(counted, parameters, [direction], step, data=10**6, differentiates=lambda: True)
+    assert calls - (passes == 3) == passes  # forward-mode differentiation by a transform is tried first
+    assert relative_error(told, product) < 0.2

@@ -29,7 +29,9 @@ class Recorded:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def record(self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
+    def record(
+        self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
+    ) -> None:
         call = {"layer": layer, "x": x.clone(), "blocks": blocks}
         z.register_hook(lambda g: call.update(g=g))
         self.calls.append(call)

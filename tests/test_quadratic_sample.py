@@ -12,7 +12,8 @@ from cases import Loss, data_for, every_loss
 from natgrad import quadratic
 from natgrad.batch import Forward
 from natgrad.likelihoods import Gaussian
-from natgrad.quadratic import LocalModel, stratified
+from natgrad.quadratic import LocalModel
+from natgrad.rerun import stratified
 from oracle import relative_error
 from quadratic_cases import directions_of, network
 

@@ -1,4 +1,4 @@
-"""What is gathered between two steps: calls of layers, forward passes, and the sums that become factors.
+"""What is gathered between two steps: forward passes, and the sums that become factors.
 
 :class:`~natgrad.capture.Capture` fills a :class:`Batch`, which knows how its sums, its loss and its number of data
 make A and G in units of the loss.
@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
+from natgrad.calls import Call, Sample
 from natgrad.chance import Chance
 from natgrad.factors import Factors, Statistics, join
 from natgrad.joint import side_by_side
@@ -26,69 +26,6 @@ from natgrad.losses import Loss, Weights
 from natgrad.outputs import Find, Origin
 
 Fisher = Literal["mc", "exact", "empirical", "forward"]
-# So many data tell the noise of the gradients to a few percent.
-SAMPLE = 512
-
-
-@dataclass
-class Call:
-    """One call of a layer during one forward of the model.
-
-    Attributes:
-        layer: Whose methods make the rows.
-        owner: The layer that they count for.
-        x: What the layer remembered of the input, restricted to the data that enter the factors.
-        edge: Where the gradient of the output arrives.
-        data: Which data enter the factors.
-        upscale: All data over those that enter.
-        blocks: Which blocks of the layer took part.
-        use: The calls whose rows are positions of the same rows, this one among them.
-        g: The gradient of the output, while the others' are still to come.
-    """
-
-    layer: Layer
-    owner: Layer
-    x: Tensor
-    edge: GradientEdge
-    data: slice | Tensor
-    upscale: float
-    blocks: slice
-    use: "list[Call]" = field(default_factory=list)
-    g: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        """Length of what the layer remembered before it was restricted."""
-        return round(len(self.x) * self.upscale)
-
-    def chosen(self, g: Tensor) -> Tensor:
-        """Of a gradient at the output, the part that belongs to the data that enter the factors."""
-        return g[(slice(None),) * self.layer.data_dim + (self.data,)]
-
-
-@dataclass
-class Sample:
-    """Some data of one use of a layer, with the gradients of the user's own loss.
-
-    Attributes:
-        layer: Whose methods make the rows.
-        xs: What the layer remembered of the inputs, for each call of the use.
-        gs: The gradients of the outputs, as far as they have come.
-        data: Number of data of the use, of which these are some.
-    """
-
-    layer: Layer
-    xs: list[Tensor]
-    gs: list[Tensor | None]
-    data: int
-
-    def rows(self) -> tuple[Tensor, Tensor] | None:
-        """Rows of x, ([B,] N, S, in), and of the gradient, ([B,] N, S, out); None if no gradient came."""
-        pairs = [(x, g) for x, g in zip(self.xs, self.gs, strict=True) if g is not None]
-        if not pairs:
-            return None
-        x = torch.cat([self.layer.inputs(x) for x, _ in pairs], dim=-2)
-        return x, torch.cat([self.layer.gradients(g, x) for x, g in pairs], dim=-2)
 
 
 @dataclass
@@ -127,6 +64,7 @@ class Forward:
         chance: The random streams before it, if it drew from them.
         multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
         ear: Tells whether a gradient arrived or may arrive.
+        lengths: Of the heads, if these have different numbers of data: then rows of the output are no data.
     """
 
     args: tuple[Any, ...]
@@ -142,6 +80,7 @@ class Forward:
     chance: Chance | None = None
     multiplier: Tensor | None = None
     ear: Ear = field(default_factory=Ear)
+    lengths: tuple[int, ...] = ()
 
     def listen(self, origins: Sequence[Origin]) -> None:
         """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over.
@@ -167,8 +106,8 @@ class Forward:
         self.ear.heard = True
         some = at_least_float32(side_by_side([order(gradient)]))
         if self.gradient is None:
-            self.gradient = some.new_zeros(len(some), width)
-        self.gradient[:, columns] = some
+            self.gradient = some.new_zeros(len(self.output), width)
+        self.gradient[: len(some), columns] = some
 
     def see_what_counts(self, likelihood: Likelihood) -> None:
         """Let criteria without a gradient weigh nothing from now on, if they tell and nobody else told.
@@ -268,19 +207,15 @@ class Batch:
         """Number of rows in A of the layer called ``name``."""
         return sum(s.rows for (owner, _), s in self.statistics.items() if owner == name)
 
+    def sums(self, call: Call) -> Statistics:
+        """Those that a call's rows enter."""
+        return self.statistics.setdefault(call.key, Statistics(call.layer.blocks))
+
     def sample(self, use: list[Call], ranks: int) -> None:
         """Note the gradients that the user's backward pass brings to some of the data; our own passes must be over."""
-        first = use[0]
-        if not first.owner.per_datum or first.owner.swaps(first.layer) or first.blocks != slice(None):
-            return
-        data = len(first.x)
-        every = max(1, round(data * ranks / SAMPLE))
-        sample = Sample(first.layer, [c.x[::every].clone() for c in use], [None] * len(use), first.rows)
-        self.samples.setdefault(first.owner.name, []).append(sample)
-        for number, call in enumerate(use):
-            # Nothing that leads to the graph may be kept by a hook on the graph: neither would ever be freed.
-            keep = partial(_keep, sample, number, call.edge.output_nr, call.layer.data_dim, call.data, every)
-            call.edge.node.register_prehook(keep)
+        sample = Sample.of(use, ranks)
+        if sample is not None:
+            self.samples.setdefault(sample.owner.name, []).append(sample)
 
     def check(
         self,
@@ -360,21 +295,6 @@ class Batch:
         column = fill(size, 1, dtype=dtype, device=parameter.device)
         one = column if diagonal else column.squeeze(-1).diag()
         return one if layer.blocks is None else one.expand(layer.blocks, *one.shape).clone()
-
-
-def _keep(
-    sample: Sample,
-    number: int,
-    output: int,
-    dim: int,
-    data: slice | Tensor,
-    every: int,
-    gradients: tuple[Tensor | None, ...],
-) -> None:
-    g = gradients[output]
-    if g is not None:
-        leading = (slice(None),) * dim
-        sample.gs[number] = g.detach()[(*leading, data)][(*leading, slice(None, None, every))].clone()
 
 
 def shuffled(data: int, seed: int) -> Tensor:

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Call, Fisher, Forward, full_precision, is_there, shuffled
+from natgrad.batch import Batch, Fisher, Forward, full_precision, is_there, shuffled
+from natgrad.calls import Call, alike, group, positions
 from natgrad.chance import Chance
 from natgrad.distributed import World
-from natgrad.factors import Statistics, share_needed
+from natgrad.factors import share_needed
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
 from natgrad.outputs import Origin, View, rearrangement
+from natgrad.own_derivatives import OwnDerivatives
 from natgrad.rerun import again, few, stands_for
 from natgrad.vectors import vectors
 
@@ -73,8 +75,7 @@ class Capture:
     ) -> None:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.view, self.seed = batch_fraction, View(output, loss), seed
-        self.world = world or World()
-        self.sampling = False  # whether the user's own gradients of some data are kept as well
+        self.world, self.sampling = world or World(), False  # whether gradients of the user's loss are kept as well
         self.attached = self.enabled = True
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
         self._hears = False  # whether a gradient of the user's loss has ever arrived
@@ -86,6 +87,7 @@ class Capture:
         self._chance: Chance | None = None  # likewise
         self._waiting: Forward | None = None  # for the loss module to be called
         self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
+        self._own_derivatives = OwnDerivatives(self._note)
         self._model, self._handles, self._uncompiled = model, list[RemovableHandle](), ExitStack()
         self.watch(layers, sharing)
 
@@ -129,13 +131,14 @@ class Capture:
 
     def settings(self) -> dict[str, Any]:
         """For ``attach``: everything but what was captured."""
-        captured = ("batch", "bases", "_earlier", "_calls", "_waiting", "_open", "_uncompiled")
+        captured = ("batch", "bases", "_earlier", "_calls", "_waiting", "_open", "_uncompiled", "_own_derivatives")
         return {name: value for name, value in self.__dict__.items() if name not in captured}
 
     def attach(self, settings: dict[str, Any]) -> None:
         """Let the hooks of a copied model work for its owner's copy."""
         self.__dict__.update(settings)
         self.bases, self._calls, self._waiting, self._uncompiled = None, None, None, ExitStack()
+        self._own_derivatives = OwnDerivatives(self._note)
         self.drop()
 
     @property
@@ -168,6 +171,7 @@ class Capture:
             return
         if not self.attached:
             return
+        self._own_derivatives.stop()
         self._drop_what_was_evaluated()
         if self.batch.latest is not None and self.batch.latest.gradient is not None:
             self._put_aside()
@@ -181,12 +185,20 @@ class Capture:
         if self.attached:
             self._uncompiled.close()
 
-    def record(self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
+    def record(
+        self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
+    ) -> None:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
         if self._calls is None or not z.requires_grad or layer.owner.name not in self.sharing:
             return
         data, upscale = self._choose(layer, z)
         call = Call(layer, layer.owner, x[data], get_gradient_edge(z), data, upscale, blocks)
+        self._note(call, z)
+        if source is not None and self.fisher != "forward":
+            self._own_derivatives.follow(call, source, z)
+
+    def _note(self, call: Call, z: Tensor) -> None:
+        assert self._calls is not None
         self._calls.append(call)
         if self.fisher == "empirical":
             z.register_hook(partial(self._add_empirical, call))
@@ -195,12 +207,13 @@ class Capture:
         if not self.attached:
             return
         calls, chance, self._calls, self._chance = self._calls, self._chance, None, None
+        self._own_derivatives.stop()
         if calls is None or chance is None:
             return
-        heads = self.view.heads(raw)
-        if not (output := self.view.join(heads)).requires_grad:
+        if not (output := self.view.join(heads := self.view.heads(raw))).requires_grad:
             return
         forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed, chance=chance.if_drawn())
+        forward.lengths = self.view.lengths
         origins, forward.find = self.view.origins(raw, heads)
         if self.loss.module is None:
             self._gather(forward, origins)
@@ -252,15 +265,15 @@ class Capture:
         if (part := self._part(forward)).uses:
             # The user's autocast would round the products of rows to half precision.
             with torch.no_grad(), full_precision(forward.output.device.type):
-                for use in part.uses:
-                    rows = torch.cat([call.layer.inputs(call.x) for call in use], dim=-2)
-                    moment = use[0].layer.input_moment(rows, self.sharing[use[0].owner.name])
-                    self._statistics(use[0]).add_inputs(moment, use[0].blocks, use[0].upscale)
+                for pairs in (pairs for use in part.uses for pairs in alike([(call, call.x) for call in use])):
+                    first, rows = pairs[0][0], torch.cat([call.layer.inputs(x) for call, x in pairs], dim=-2)
+                    moment = first.layer.input_moment(rows, self.sharing[first.owner.name])
+                    self.batch.sums(first).add_inputs(moment, first.blocks, first.upscale)
                 if self.fisher in ("mc", "exact"):
                     self._backpropagate(part)
             if self.sampling:
                 for use in forward.uses:
-                    if use[0].rows == forward.data:
+                    if use[0].rows in (forward.data, *forward.lengths):
                         self.batch.sample(use, self.world.size)
         if forward.gradient is None:
             if self._earlier is not None:
@@ -289,23 +302,15 @@ class Capture:
                 part, calls = again(unwrap(self._model), forward, chosen, self.view), self._calls
             finally:
                 self._calls = None
+                self._own_derivatives.stop()
         part = part if part is not None and stands_for(part, self._uses(calls), forward, chosen) else None
         self._has_parts = self._has_parts or part is not None
         return part or forward
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
-        """Calls whose rows are one row's positions: with ``"reduce"`` those of one layer, else each by itself.
-
-        Where a datum's gradient is wanted, which is the sum over calls, they stay together too.
-        """
-        together: dict[Any, list[Call]] = {}
-        for number, call in enumerate(calls):
-            joined = self.sampling or self.bases is not None or self.sharing[call.owner.name] == "reduce"
-            same = (call.owner.name, call.owner.swaps(call.layer), str(call.blocks), len(call.x))
-            key = same if joined else number
-            call.use = together.setdefault(key, [])
-            call.use.append(call)
-        return list(together.values())
+        """Each call by itself, or together with ``"reduce"``, and where a datum's gradient is wanted, their sum."""
+        whole = self.sampling or self.bases is not None
+        return group(calls, lambda owner: whole or self.sharing[owner.name] == "reduce")
 
     def _backpropagate(self, forward: Forward) -> None:
         edges = [call.edge for use in forward.uses for call in use]
@@ -320,6 +325,8 @@ class Capture:
                 self._add_gradients(use, [next(each) for _ in use], weight)
 
     def _add_empirical(self, call: Call, g: Tensor) -> None:
+        if self._calls is not None:  # the network's own pass
+            return
         call.g = g.detach()
         if all(other.g is not None for other in call.use):
             self._finish(call.use)
@@ -334,26 +341,19 @@ class Capture:
                 call.g = None
 
     def _add_gradients(self, use: list[Call], grads: list[Tensor | None], weight: float) -> None:
-        pairs = [(call, call.chosen(g)) for call, g in zip(use, grads, strict=True) if g is not None]
-        if pairs:
+        came = [(call, call.chosen(g)) for call, g in zip(use, grads, strict=True) if g is not None]
+        for pairs in alike(came):
+            first = pairs[0][0]
             rows = torch.cat([call.layer.gradients(g, call.x) for call, g in pairs], dim=-2)
-            first = use[0]
             total = first.layer.gradient_moment(rows, self.sharing[first.owner.name])
-            self._statistics(first).add_gradients(total, first.blocks, weight * first.upscale)
-            self._add_squares([call for call, _ in pairs], rows, weight * first.upscale)
-
-    def _add_squares(self, calls: list[Call], g: Tensor, weight: float) -> None:
-        first = calls[0]
-        bases = self.bases(first.owner) if self.bases is not None and first.owner.per_datum else None
-        if bases is not None:
-            x = torch.cat([call.layer.inputs(call.x) for call in calls], dim=-2)
-            Q_A, Q_G = (Q if first.layer.blocks is None else Q[first.blocks] for Q in bases)
-            total = first.layer.squared_gradients(x, g, (Q_A, Q_G))
-            self.batch.add_squares(first.owner, total, first.blocks, weight)
-
-    def _statistics(self, call: Call) -> Statistics:
-        key = (call.owner.name, call.owner.swaps(call.layer))
-        return self.batch.statistics.setdefault(key, Statistics(call.layer.blocks))
+            self.batch.sums(first).add_gradients(total, first.blocks, weight * first.upscale)
+        bases = self.bases(use[0].owner) if self.bases is not None and use[0].owner.per_datum else None
+        if came and bases is not None:
+            first = came[0][0]
+            bases = bases if first.layer.blocks is None else (bases[0][first.blocks], bases[1][first.blocks])
+            x, g = positions(first.owner, [(call.layer, call.x, g) for call, g in came])
+            total = first.layer.squared_gradients(x, g, bases)
+            self.batch.add_squares(first.owner, total, first.blocks, weight * first.upscale)
 
     def _choose(self, layer: Layer, z: Tensor) -> tuple[slice | Tensor, float]:
         """Some data of the batch, drawn anew at each forward; and all data over these."""

@@ -7,7 +7,9 @@ float32 is all that is asked for, a difference takes one:
 
 with ε d a hundredth as long as the latest step: short beside a step within which the quadratic model was good enough,
 and long enough for the outputs to differ by more than their rounding, or else it is not used. It magnifies rounding a
-thousandfold; where there is little to be gained, derivatives are exact, and runs agree to rounding.
+thousandfold; where there is little to be gained, derivatives are exact, and runs agree to rounding. The outputs of a
+network that differentiates itself are small differences of large terms, and more than their own rounding is in them:
+there a difference looks further, and must be larger.
 """
 
 import functools
@@ -17,10 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Of the latest step, how far a difference looks; and the least relative change of the outputs that it believes, a
 # thousand times the rounding of float32.
 REACH, LEAST_CHANGE = 0.01, 1e-4
+# The same for networks that differentiate themselves.
+OWN_REACH, OWN_LEAST_CHANGE = 0.3, 0.02
 # Parameters times data below which the passes through the network are not what a step costs.
 LARGE = 2_000_000
 _logger = logging.getLogger("natgrad")
@@ -37,6 +42,7 @@ def along(
     previous: Named | None,
     data: float,
     before: Outputs | None = None,
+    differentiates: Callable[[], bool] = lambda: False,
 ) -> tuple[Outputs, list[Tensor]]:
     """The outputs, and derivatives of the last of them along each direction.
 
@@ -47,18 +53,20 @@ def along(
         previous: The latest step; where there is none, or none that moved, everything is exact.
         data: How many the batch has, of which these outputs may be few; on all ranks.
         before: The outputs at these parameters, if they are known.
+        differentiates: Whether the network was seen to differentiate itself; asked when outputs are known.
     """
     large = data * sum(p.numel() for p in parameters.values()) >= LARGE
-    reach = 0.0
+    step = 0.0
     if previous is not None and large and _rounds_like_float32(parameters):
-        reach = REACH * float(length(previous.values()))
-    if before is None and reach > 0:
+        step = float(length(previous.values()))
+    if before is None and step > 0:
         before = output(parameters)
+    reach, least = (OWN_REACH, OWN_LEAST_CHANGE) if differentiates() else (REACH, LEAST_CHANGE)
     products = []
     for direction in directions:
         product = None
-        if before is not None and reach > 0:
-            product = short_difference(output, parameters, direction, before[-1], reach)
+        if before is not None and step > 0:
+            product = short_difference(output, parameters, direction, before[-1], reach * step, least)
         if product is None:
             before, (*_, product) = directional_derivative(output, parameters, direction)
         products.append(product)
@@ -66,24 +74,54 @@ def along(
 
 
 def short_difference(
-    output: Function, parameters: Named, direction: Named, before: Tensor, reach: float
+    output: Function, parameters: Named, direction: Named, before: Tensor, reach: float, least: float = LEAST_CHANGE
 ) -> Tensor | None:
-    """The derivative of the last output, from a forward pass at the distance ``reach``; None if rounding would show."""
+    """The derivative of the last output, from a forward pass at the distance ``reach``; None if rounding would show.
+
+    It would, where the output changes by less than ``least``, relative to its size.
+    """
     epsilon = reach / length(direction.values()).clamp(min=torch.finfo(torch.float32).tiny)
     change = output({name: p + epsilon * direction[name] for name, p in parameters.items()})[-1] - before
-    return change / epsilon if change.norm() > LEAST_CHANGE * before.norm() else None
+    return change / epsilon if change.norm() > least * before.norm() else None
 
 
 def directional_derivative(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:
-    """The outputs and their derivatives along the direction: exact by forward-mode differentiation, if there is one."""
+    """The outputs and their derivatives along the direction: exact by forward-mode differentiation, if there is one.
+
+    In float64 differences are exact enough, and faster than dual numbers.
+    """
     try:
         with warnings.catch_warnings():
             # torch warns of its own use of it, at the first call: 2.13 a DeprecationWarning, 2.14 a FutureWarning.
             warnings.filterwarnings("ignore", message="`torch.jit.script`")
             return torch.func.jvp(output, (parameters,), (direction,))  # type: ignore[return-value]  # no has_aux
     except (NotImplementedError, RuntimeError) as error:  # fused recurrent kernels, custom functions
-        _tell_once(str(error))
-        return central_difference(output, parameters, direction)
+        reason = str(error)
+    if any(p.dtype != torch.float64 for p in parameters.values()):
+        try:
+            return by_dual_numbers(output, parameters, direction)
+        except (NotImplementedError, RuntimeError) as error:
+            reason = str(error)
+    _tell_once(reason)
+    return central_difference(output, parameters, direction)
+
+
+def by_dual_numbers(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:
+    """The outputs and their derivatives along the direction, in a network that calls autograd itself."""
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(p, direction[name]) for name, p in parameters.items()}
+        pairs = [forward_ad.unpack_dual(dual) for dual in output(duals)]
+    outputs = tuple(pair.primal.detach() for pair in pairs)
+    return outputs, tuple(
+        torch.zeros_like(primal) if pair.tangent is None else pair.tangent.detach()
+        for primal, pair in zip(outputs, pairs, strict=True)
+    )
+
+
+def without_graph(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same numbers, dual ones as they are: these lose their derivatives when they are detached."""
+    one, other = (t if forward_ad.unpack_dual(t).tangent is not None else t.detach() for t in outputs)
+    return one, other
 
 
 def central_difference(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:

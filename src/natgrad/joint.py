@@ -2,8 +2,10 @@
 
 A weighted sum of losses is the negative log likelihood of their targets together, which are independent given the
 outputs: its Hessian has a block for each head, and no others. So everything that a likelihood gives is made head by
-head, for one tensor in which each datum's outputs stand side by side. With R_h what the loss of head h multiplies its
-criterion by (see :mod:`natgrad.likelihoods`) and w_h its weight, the criterion and its scale are
+head, for one tensor in which each datum's outputs stand side by side. Heads may be of different data, and of more or
+fewer, as residuals inside a domain and on its boundary are: the shorter ones are filled up with rows that count
+nothing. With R_h what the loss of head h multiplies its criterion by (see :mod:`natgrad.likelihoods`) and w_h its
+weight, the criterion and its scale are
 
     c = Σ_h F_h c_h,    F_h = w_h R_h / R,    R = 1 / N, or 1 if all losses are sums.
 """
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from natgrad.likelihoods import Likelihood
 
@@ -37,6 +40,9 @@ class Joint(Likelihood):
     Args:
         parts: By the key of the head in what the model returns.
 
+    Attributes:
+        lengths: Of the latest heads, if these have different numbers of data; none otherwise.
+
     Raises:
         ValueError: if some of the losses are sums over the data and others are not.
     """
@@ -51,6 +57,7 @@ class Joint(Likelihood):
         super().__init__("sum" if sums.pop() else "batchmean")
         self.parts = dict(parts)
         self._shapes: list[torch.Size] = []
+        self.lengths: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         parts = (f"{key!r}: {part.weight:g} * {part.likelihood!r}" for key, part in self.parts.items())
@@ -61,16 +68,11 @@ class Joint(Likelihood):
 
         Raises:
             TypeError: if one of them is not there or is no tensor.
-            ValueError: if they cannot belong to their losses, or are not of the same data.
+            ValueError: if they cannot belong to their losses.
         """
         heads = [self._head(returned, key) for key in self.parts]
-        for (key, part), head in zip(self.parts.items(), heads, strict=True):
+        for part, head in zip(self.parts.values(), heads, strict=True):
             part.likelihood.check(head)
-            if len(head) != len(heads[0]):
-                raise ValueError(
-                    f"output {key!r} has {len(head)} rows and another with a loss {len(heads[0])}: all of them need "
-                    "the same data as their first dimension. Pass `output=` to rearrange them."
-                )
         return heads
 
     @staticmethod
@@ -91,12 +93,16 @@ class Joint(Likelihood):
     def join(self, heads: Sequence[Tensor]) -> Tensor:
         """The outputs of each datum side by side, (N, K)."""
         self._shapes = [head.shape[1:] for head in heads]
+        numbers = tuple(len(head) for head in heads)
+        self.lengths = numbers if len(set(numbers)) > 1 else ()
         return side_by_side(heads)
 
     def split(self, joined: Tensor) -> list[Tensor]:
-        """Each head's own, (N, *shape), of (N, K)."""
+        """Each head's own, (N_h, *shape), of (N, K)."""
         columns = joined.split([shape.numel() for shape in self._shapes], dim=1)
-        return [part.reshape(len(joined), *shape) for part, shape in zip(columns, self._shapes, strict=True)]
+        numbers = self.lengths or [len(joined)] * len(columns)
+        each = zip(columns, numbers, self._shapes, strict=True)
+        return [part[:number].reshape(number, *shape) for part, number, shape in each]
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """Each head's own draw, times √F."""
@@ -144,10 +150,10 @@ class Joint(Likelihood):
             return torch.ones_like(head) if shares is None else shares.expand_as(head)
 
         each = self._each(own, output, gradient)
-        return None if (each == 1).all() else each
+        return None if all((shares == 1).all() for shares in self.split(each)) else each
 
     def criteria(self, output: Tensor) -> int:
-        """One per datum."""
+        """One per row."""
         return len(output)
 
     def check_gradient(self, gradient: Tensor) -> None:
@@ -168,5 +174,7 @@ class Joint(Likelihood):
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors (N, …) as one, (N, K)."""
-    return torch.cat([tensor.flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1) for tensor in tensors], dim=1)
+    """Tensors (N, …) as one, (N, K), with zeros below the shorter ones."""
+    rows = [tensor.flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1) for tensor in tensors]
+    most = max(map(len, rows))
+    return torch.cat([one if len(one) == most else pad(one, (0, 0, 0, most - len(one))) for one in rows], dim=1)

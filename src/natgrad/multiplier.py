@@ -66,7 +66,8 @@ def at_least(forward: Forward, likelihood: Likelihood, terms: float) -> tuple[fl
     if forward.gradient is None or forward.find is not None:
         return 0.0, False
     data = len(forward.output)
-    some = slice(None, None, max(1, data // min(DATA, max(1, LOOKED_AT * data // forward.output.numel()))))
+    enough = data if forward.lengths else min(DATA, max(1, LOOKED_AT * data // forward.output.numel()))
+    some = slice(None, None, max(1, data // enough))
     g = forward.gradient[some]
     reach = likelihood.reach(at_least_float32(forward.output[some]), g)
     if reach is None:

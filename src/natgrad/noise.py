@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from natgrad.batch import Sample
+from natgrad.calls import Sample
 from natgrad.inverses import Inverse
 from natgrad.layers import Layer, at_least_float32
 
@@ -43,7 +43,7 @@ def measure(
     for sample in samples:
         rows = sample.rows()
         if rows is not None:
-            lengths = inverse.lengths(state, sample.layer, *representatives(*rows))
+            lengths = inverse.lengths(state, sample.layers[0], *representatives(*rows))
             energy = energy + sample.data * lengths / (rows[1].shape[-3] * scaler**2)
     total = torch.sum(inverse.solve(state, V) * V)
     return torch.stack([total, energy, total.new_tensor(data)])

@@ -25,19 +25,20 @@ Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.batch import Forward, shuffled
-from natgrad.derivatives import Outputs, along, directional_derivative, length
+from natgrad.derivatives import Outputs, along, directional_derivative, length, without_graph
 from natgrad.distributed import Ranks, is_sharded, whole
 from natgrad.layers import at_least_float32, uses_batch_statistics
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 from natgrad.outputs import rearrangement
-from natgrad.rerun import REFUSALS, rerun, subsample
+from natgrad.rerun import REFUSALS, rerun, stratified, subsample
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
 SHARE, MIN_DATA = 1 / 40, 128
@@ -79,10 +80,12 @@ class LocalModel:
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
         self.parts = (0.0, 0.0)
         self._products: list[Tensor] = []  # J d, of the latest `curvature`
+        self._differentiates = False
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
         enough = round(min(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data), forward.data))
         # Only all data together draw the dropout that they drew before.
-        if not (enough < forward.data and forward.chance is None and self._take_some(enough)):
+        apart = forward.chance is None and not forward.lengths
+        if not (enough < forward.data and apart and self._take_some(enough)):
             self._take_all()
         self.weights = None if forward.weights is None else Weights(*map(self._take, forward.weights))
         # Of the user's loss: of one micro-batch among several, the gradient is that of a part.
@@ -125,6 +128,10 @@ class LocalModel:
         """Whether it is of all data of the pass."""
         return self.size == self.forward.data
 
+    def differentiates(self) -> bool:
+        """Whether the network was seen to differentiate itself."""
+        return self._differentiates
+
     def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
         """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move.
 
@@ -133,7 +140,9 @@ class LocalModel:
         parameters = self._parameters(directions[0])
         tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
         previous, data = tangents[-1] if len(tangents) > 1 else None, self.forward.data / (self.ranks.part or 1.0)
-        self._before, self._products = along(self._run, parameters, tangents, previous, data, self._before)
+        self._before, self._products = along(
+            self._run, parameters, tangents, previous, data, self._before, self.differentiates
+        )
         _, at = self._before
         root = self._weigh(at).sqrt()
         J = torch.stack([(product * root).flatten() for product in self._products])
@@ -198,9 +207,23 @@ class LocalModel:
 
     def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The tensor whose gradient was noted, and the one that the loss sees."""
-        raw = rerun(self.model, {**self._gathered, **parameters}, self.args, self.kwargs, self.forward.chance)
+        raw = self._rerun({**self._gathered, **parameters})
         output = at_least_float32(self.rearrange(self.select(raw)))
-        return (output if self.forward.find is None else at_least_float32(self.forward.find(raw))), output
+        outputs = output if self.forward.find is None else at_least_float32(self.forward.find(raw)), output
+        self._differentiates |= output.requires_grad and not torch.is_grad_enabled()  # it enables gradients
+        return without_graph(outputs) if self._differentiates else outputs
+
+    def _rerun(self, parameters: dict[str, Tensor]) -> Any:
+        once_more = partial(rerun, self.model, parameters, self.args, self.kwargs, self.forward.chance)
+        if not self._differentiates:
+            try:
+                return once_more()
+            except RuntimeError as error:
+                if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                    raise
+        self._differentiates = True  # an energy, to get forces, or a solution, to get residuals
+        with torch.enable_grad():
+            return once_more()
 
     def _scale(self, output: Tensor) -> float:
         """R for these data, as if they were the whole batch."""
@@ -337,28 +360,6 @@ def combine(directions: Sequence[dict[str, Tensor]], c: Tensor) -> dict[str, Ten
         for name, d in direction.items():
             step[name].add_(d, alpha=float(coefficient))
     return step
-
-
-def stratified(order: Tensor, size: int, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Some of the data that stand for all: those of the longest gradients, and others in a random order.
-
-    Args:
-        order: The data, shuffled; the factors take theirs from its start. The others are taken from its end: on the
-            very data whose factors made the direction, its curvature would look too small.
-        size: How many to choose.
-        gradients: Of the loss at the output, a row for each datum.
-
-    Returns:
-        The chosen, and what each counts, 1 on average: a sum over them with these weights has the sum over all, times
-        ``size`` over their number, as its expectation.
-    """
-    data, top = len(order), size // 2
-    longest = gradients.norm(dim=1).topk(top).indices
-    is_left = torch.ones(data, dtype=torch.bool, device=order.device).index_fill(0, longest, False)
-    others = order[is_left[order].argsort(stable=True)][top - size :]
-    share = size / data
-    counts = torch.tensor([1.0, (data - top) / (size - top)]).repeat_interleave(torch.tensor([top, size - top]))
-    return torch.cat([longest, others]), share * counts.to(order.device)
 
 
 def minimize(M: Tensor, b: Tensor, fixed: Sequence[float | None]) -> Tensor:

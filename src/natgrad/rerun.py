@@ -12,9 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from natgrad.batch import Call, Forward
+from natgrad.batch import Forward
+from natgrad.calls import Call
 from natgrad.chance import Chance, streams_left_alone
 from natgrad.distributed import is_sharded, shards_left_alone
 from natgrad.layers import uncompiled
@@ -54,14 +55,7 @@ def rerun(
     with streams_left_alone(model), shards_left_alone(model), uncompiled(model):
         if chance is not None:
             chance.restore()
-        try:
-            return functional_call(model, {**tensors, **buffers}, args, kwargs)
-        except RuntimeError as error:
-            if torch.is_grad_enabled() or "does not require grad" not in str(error):
-                raise
-        with torch.enable_grad():  # it differentiates, for instance an energy to get forces
-            returned = functional_call(model, {**tensors, **buffers}, args, kwargs)
-        return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, returned)
+        return functional_call(model, {**tensors, **buffers}, args, kwargs)
 
 
 def subsample(forward: Forward, chosen: Tensor) -> Arguments | None:
@@ -89,6 +83,28 @@ def _tells_places(value: Any, kept: int) -> bool:
     return value.numel() > 0 and int(value.max()) >= kept
 
 
+def stratified(order: Tensor, size: int, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Some of the data that stand for all: those of the longest gradients, and others in a random order.
+
+    Args:
+        order: The data, shuffled; the factors take theirs from its start. The others are taken from its end: on the
+            very data whose factors made the direction, its curvature would look too small.
+        size: How many to choose.
+        gradients: Of the loss at the output, a row for each datum.
+
+    Returns:
+        The chosen, and what each counts, 1 on average: a sum over them with these weights has the sum over all, times
+        ``size`` over their number, as its expectation.
+    """
+    data, top = len(order), size // 2
+    longest = gradients.norm(dim=1).topk(top).indices
+    is_left = torch.ones(data, dtype=torch.bool, device=order.device).index_fill(0, longest, False)
+    others = order[is_left[order].argsort(stable=True)][top - size :]
+    share = size / data
+    counts = torch.tensor([1.0, (data - top) / (size - top)]).repeat_interleave(torch.tensor([top, size - top]))
+    return torch.cat([longest, others]), share * counts.to(order.device)
+
+
 def few(forward: Forward, independent: bool) -> Tensor | None:
     """The data that enter any factor, if they are so few that it pays to run the model on them alone.
 
@@ -101,7 +117,7 @@ def few(forward: Forward, independent: bool) -> Tensor | None:
     own = [call for call in calls if call.rows == forward.data]
     # Those of one call are the first of those of another, as long as both were drawn among the data.
     drawn = [call.data for call in own if isinstance(call.data, Tensor)]
-    if not drawn or len(drawn) < len(own) or not (independent or len(own) == len(calls)):
+    if not drawn or forward.lengths or len(drawn) < len(own) or not (independent or len(own) == len(calls)):
         return None
     if forward.seen is not None and forward.seen is not forward.output:
         return None

@@ -6,6 +6,7 @@ familiar. Importing this package registers them all.
 
 from natgrad.layers import attention, convolution, embedding, linear, normalization, recurrent
 from natgrad.layers.base import Layer, Recorder, WeightLayer, register, registered
+from natgrad.layers.derivative import DerivativeUse
 from natgrad.layers.moments import Moment, Sharing, at_least_float32
 from natgrad.layers.normalization import uses_batch_statistics
 from natgrad.layers.partition import Partition, entry, partition, uncompiled, unwrap
@@ -13,6 +14,7 @@ from natgrad.layers.spectrum import Bases
 
 __all__ = [
     "Bases",
+    "DerivativeUse",
     "Layer",
     "Moment",
     "Partition",

@@ -39,7 +39,9 @@ class Recorder(Protocol):
     def active(self) -> bool:
         """Whether calls are wanted now."""
 
-    def record(self, layer: "Layer", x: Tensor, z: Tensor, blocks: slice = slice(None)) -> None:
+    def record(
+        self, layer: "Layer", x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
+    ) -> None:
         """Report that ``layer`` made the output z from the input x.
 
         Args:
@@ -47,6 +49,7 @@ class Recorder(Protocol):
             x: What ``inputs`` takes; data first.
             z: A tensor of the autograd graph, whose gradient ``gradients`` takes.
             blocks: Which of the B blocks took part.
+            source: The input in the autograd graph, if z is the matrix times it.
         """
 
 
@@ -62,6 +65,9 @@ class Layer(ABC):
         wrapper: The layer that this one's rows count for, if it is another one.
         data_dim: Of the data in a reported output; in what is remembered of an input they are first.
         per_datum: Whether rows of x and of the output's gradient make up the gradient of each datum.
+        is_linear: Whether the output is the matrix times the input.
+        of_derivative: Whether the rows are of a derivative that the network takes of itself.
+        transposed: Whether they are rows of a use of the transposed matrix.
     """
 
     name: str
@@ -72,6 +78,7 @@ class Layer(ABC):
     wrapper: "Layer | None" = None
     data_dim = 0
     per_datum = True
+    is_linear = of_derivative = transposed = False
 
     @classmethod
     def split(cls, name: str, module: nn.Module) -> "Sequence[Layer]":
@@ -92,7 +99,7 @@ class Layer(ABC):
     ) -> None:
         if recorder.active:
             x = args[0] if args else next(iter(kwargs.values()))
-            recorder.record(self, self.remember(x.detach(), z), z)
+            recorder.record(self, self.remember(x.detach(), z), z, source=x if self.is_linear else None)
 
     @property
     def owner(self) -> "Layer":
@@ -101,7 +108,7 @@ class Layer(ABC):
 
     def swaps(self, use: "Layer") -> bool:
         """Whether ``use``, whose rows count for this layer, has its matrix transposed: its A then belongs to G."""
-        return False
+        return use.transposed
 
     def remember(self, x: Tensor, z: Tensor) -> Tensor:
         """What to keep of an input until the gradient arrives: data first, so that some of them can be selected."""
@@ -163,11 +170,11 @@ class Layer(ABC):
 
     def squared_gradients(self, x: Tensor, g: Tensor, bases: Bases) -> Tensor:
         """Second moments of the data's gradients in a basis, ([B,] out, in [+ 1]), of rows that belong together."""
-        return squared_gradients(x, g, self.has_bias, bases)
+        return squared_gradients(x, g, bases)
 
     def squared_length(self, x: Tensor, g: Tensor, metrics: Bases) -> Tensor:
         """Sum over data of the squared lengths of their gradients, in the metric P_A, P_G of the two sides."""
-        return squared_length(x, g, self.has_bias, metrics)
+        return squared_length(x, g, metrics)
 
 
 class WeightLayer(Layer):

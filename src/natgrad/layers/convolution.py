@@ -19,6 +19,7 @@ from natgrad.layers.base import WeightLayer, register
 
 class _ConvolutionLayer(WeightLayer):
     module: _ConvNd
+    is_linear = True
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)

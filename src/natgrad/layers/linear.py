@@ -12,6 +12,8 @@ from natgrad.layers.base import WeightLayer, register
 class LinearLayer(WeightLayer):
     """z = W x + b with x of shape (N, …, in)."""
 
+    is_linear = True
+
     def inputs(self, x: Tensor) -> Tensor:
         """(N, …, in) → (N, S, in)."""
         return x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])

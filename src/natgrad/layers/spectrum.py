@@ -29,16 +29,15 @@ Bases = tuple[Tensor, Tensor]
 CHUNK = 2**24
 
 
-def squared_gradients(x: Tensor, g: Tensor, bias: bool, bases: Bases) -> Tensor:
+def squared_gradients(x: Tensor, g: Tensor, bases: Bases) -> Tensor:
     """Σ_n (Q_Gᵀ V_n Q_A)², ([B,] out, in [+ 1]).
 
     Args:
-        x: Rows of the input, ([B,] N, S, in).
+        x: Rows of the input, ([B,] N, S, in); a 1 is appended if the basis has a place for it.
         g: Rows of the gradient, ([B,] N, S, out).
-        bias: Whether a 1 is appended to each row of x.
         bases: Of the two sides.
     """
-    x, g = rotate_rows(extended(x, bias), bases[0]), rotate_rows(at_least_float32(g), bases[1])
+    x, g = rotate_rows(extended(x, bases[0]), bases[0]), rotate_rows(at_least_float32(g), bases[1])
     if x.shape[-2] == 1:
         return g.squeeze(-2).square().mT @ x.squeeze(-2).square()
     total = x.new_zeros(())
@@ -47,9 +46,9 @@ def squared_gradients(x: Tensor, g: Tensor, bias: bool, bases: Bases) -> Tensor:
     return total
 
 
-def squared_length(x: Tensor, g: Tensor, bias: bool, metrics: Bases) -> Tensor:
+def squared_length(x: Tensor, g: Tensor, metrics: Bases) -> Tensor:
     """Σ_n tr V_nᵀ P_G V_n P_A, a scalar; arguments as above, with P_A and P_G, where a column is a diagonal."""
-    x, g = extended(x, bias), at_least_float32(g)
+    x, g = extended(x, metrics[0]), at_least_float32(g)
     longer_x, longer_g = times(x, metrics[0]), times(g, metrics[1])
     if x.shape[-2] == 1:
         return torch.sum((x * longer_x).sum(-1) * (g * longer_g).sum(-1))
@@ -61,10 +60,10 @@ def squared_length(x: Tensor, g: Tensor, bias: bool, metrics: Bases) -> Tensor:
     return total
 
 
-def extended(x: Tensor, bias: bool) -> Tensor:
-    """Rows in the precision of statistics, with a 1 appended if there is a bias."""
+def extended(x: Tensor, factor: Tensor) -> Tensor:
+    """Rows in the precision of statistics, with a 1 appended where they are shorter than ``factor`` by a bias."""
     x = at_least_float32(x)
-    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if bias else x
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if x.shape[-1] < factor.shape[-2] else x
 
 
 def a_few_at_a_time(x: Tensor, g: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -37,7 +37,8 @@ class TiedLayer(WrappedLayer):
 
     def swaps(self, use: Layer) -> bool:
         """An embedding has the matrix of a head transposed."""
-        return isinstance(use, EmbeddingLayer) and not isinstance(self.inner, EmbeddingLayer)
+        is_table = isinstance(use, EmbeddingLayer) and not isinstance(self.inner, EmbeddingLayer)
+        return is_table or use.transposed
 
 
 def refusal(uses: Sequence[Layer], owners: Mapping[int, Sequence[str]]) -> str | None:

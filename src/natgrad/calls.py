@@ -1,0 +1,159 @@
+"""What is remembered of the calls of layers, and how calls become rows.
+
+A :class:`Call` is one use of a layer's matrix during one forward pass. Those that a datum's gradient is the sum of make
+up a *use*: their rows are positions of the same datum. :mod:`natgrad.capture` fills them.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from natgrad.layers import Layer
+
+# So many data tell the noise of the gradients to a few percent.
+SAMPLE = 512
+
+
+@dataclass
+class Call:
+    """One call of a layer during one forward of the model.
+
+    Attributes:
+        layer: Whose methods make the rows.
+        owner: The layer that they count for.
+        x: What the layer remembered of the input, restricted to the data that enter the factors.
+        edge: Where the gradient of the output arrives.
+        data: Which data enter the factors.
+        upscale: All data over those that enter.
+        blocks: Which blocks of the layer took part.
+        use: The calls whose rows are positions of the same rows, this one among them.
+        g: The gradient of the output, while the others' are still to come.
+    """
+
+    layer: Layer
+    owner: Layer
+    x: Tensor
+    edge: GradientEdge
+    data: slice | Tensor
+    upscale: float
+    blocks: slice
+    use: "list[Call]" = field(default_factory=list)
+    g: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Length of what the layer remembered before it was restricted."""
+        return round(len(self.x) * self.upscale)
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """Of the sums that its rows enter: whose they are, and whether rows of A and G change places."""
+        return self.owner.name, self.owner.swaps(self.layer)
+
+    def chosen(self, g: Tensor) -> Tensor:
+        """Of a gradient at the output, the part that belongs to the data that enter the factors."""
+        return g[(slice(None),) * self.layer.data_dim + (self.data,)]
+
+
+def group(calls: Iterable[Call], together: Callable[[Layer], bool]) -> list[list[Call]]:
+    """Calls by use: those of an owner for which they are to stay ``together``, and else each by itself."""
+    uses: dict[Any, list[Call]] = {}
+    for number, call in enumerate(calls):
+        same = (call.owner.name, str(call.blocks), len(call.x))
+        call.use = uses.setdefault(same if together(call.owner) else number, [])
+        call.use.append(call)
+    return list(uses.values())
+
+
+def alike(pairs: Iterable[tuple[Call, Tensor]]) -> list[list[tuple[Call, Tensor]]]:
+    """Calls of one use, each with a tensor, by the sums that their rows enter; those of derivatives by themselves."""
+    kinds: dict[Any, list[tuple[Call, Tensor]]] = {}
+    for call, tensor in pairs:
+        kinds.setdefault((call.key, call.layer.of_derivative), []).append((call, tensor))
+    return list(kinds.values())
+
+
+def positions(owner: Layer, parts: Sequence[tuple[Layer, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Rows of x, ([B,] N, S, in [+ 1]), and of the gradient, ([B,] N, S, out), of the calls of one use.
+
+    Rows of x have their 1 already, or a 0 in its place, where some of them are of derivatives.
+
+    Args:
+        owner: Whose matrix it is.
+        parts: Of each call the layer, what it remembered of the input, and the gradient of its output.
+    """
+    rows = [(layer.inputs(x), layer.gradients(g, x)) for layer, x, g in parts]
+    if any(layer.of_derivative for layer, _, _ in parts):
+        rows = [_in_place(owner, layer, *both) for (layer, _, _), both in zip(parts, rows, strict=True)]
+    return torch.cat([x for x, _ in rows], dim=-2), torch.cat([g for _, g in rows], dim=-2)
+
+
+def _in_place(owner: Layer, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    x, g = (g, x) if owner.swaps(layer) else (x, g)
+    if owner.has_bias:
+        x = torch.cat([x, x.new_full((*x.shape[:-1], 1), float(layer.has_bias))], dim=-1)
+    return x, g
+
+
+@dataclass
+class Sample:
+    """Some data of one use of a layer, with the gradients of the user's own loss.
+
+    Attributes:
+        owner: Whose matrix it is.
+        layers: Of each call, whose methods make the rows.
+        xs: What they remembered of the inputs.
+        gs: The gradients of the outputs, as far as they have come.
+        data: Number of data of the use, of which these are some.
+    """
+
+    owner: Layer
+    layers: list[Layer]
+    xs: list[Tensor]
+    gs: list[Tensor | None]
+    data: int
+
+    @classmethod
+    def of(cls, use: Sequence[Call], ranks: int) -> "Sample | None":
+        """Wait for the gradients that the user's backward pass brings to some of the data; None where rows do not tell.
+
+        Args:
+            use: The calls; our own backward passes must be over.
+            ranks: Number of those that sample their data.
+        """
+        first = use[0]
+        if not first.owner.per_datum or first.blocks != slice(None):
+            return None
+        every = max(1, round(len(first.x) * ranks / SAMPLE))
+        xs = [call.x[::every].clone() for call in use]
+        sample = cls(first.owner, [call.layer for call in use], xs, [None] * len(use), first.rows)
+        for number, call in enumerate(use):
+            # Nothing that leads to the graph may be kept by a hook on the graph: neither would ever be freed.
+            keep = partial(_keep, sample, number, call.edge.output_nr, call.layer.data_dim, call.data, every)
+            call.edge.node.register_prehook(keep)
+        return sample
+
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """As of :func:`positions`; None if no gradient came."""
+        parts = [(layer, x, g) for layer, x, g in zip(self.layers, self.xs, self.gs, strict=True) if g is not None]
+        return positions(self.owner, parts) if parts else None
+
+
+def _keep(
+    sample: Sample,
+    number: int,
+    output: int,
+    dim: int,
+    data: slice | Tensor,
+    every: int,
+    gradients: tuple[Tensor | None, ...],
+) -> None:
+    g = gradients[output]
+    if g is not None:
+        leading = (slice(None),) * dim
+        sample.gs[number] = g.detach()[(*leading, data)][(*leading, slice(None, None, every))].clone()
