@@ -274,3 +274,56 @@ def test_a_differential_equation() -> None:
         optimizer.step()
     assert loss < 1e-3
     assert (model.u(x) - (torch.pi * x).sin()).abs().max() < 0.01
+
+
+def of_one(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: model(x)[0]
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "vmap": lambda model, x: torch.func.vmap(model)(x),
+    "hessian": lambda model, x: torch.func.vmap(torch.func.hessian(of_one(model)))(x),
+    "grad": lambda model, x: torch.func.grad(lambda x: model(x).sum())(x),
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_in_which_data_cannot_be_seen_are_refused(transform: str) -> None:
+    """Without a word some of them would train on nothing."""
+
+    class Transformed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return TRANSFORMS[transform](self.inner, x)
+
+    model = Transformed()
+    optimizer = natgrad.KFAC(model, "mse")
+    with pytest.raises(RuntimeError, match=r"'inner.0' was called inside a transform of torch\.func"):
+        model(torch.randn(5, 3))
+    with torch.no_grad():
+        model(torch.randn(5, 3))
+    del optimizer
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+def test_the_whole_model_may_be_transformed() -> None:
+    """As for gradients of single data, while an optimizer is there: these passes are not trained on."""
+    torch.manual_seed(0)
+    model, x = dense(), torch.randn(DATA, 3)
+    optimizer = natgrad.KFAC(model, "mse")
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    model(x).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(each[name].mean(0), p.grad)
+    assert optimizer.preconditioner.capture.batch.forwards == 1
+    optimizer.step()

@@ -28,7 +28,7 @@ from natgrad.calls import Call, alike, group, positions
 from natgrad.chance import Chance
 from natgrad.distributed import World
 from natgrad.factors import share_needed
-from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled, unwrap
+from natgrad.layers import Bases, Layer, Sharing, at_least_float32, is_transformed, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
 from natgrad.outputs import Origin, View, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
@@ -103,7 +103,7 @@ class Capture:
         self._handles += [
             self._model.register_forward_pre_hook(self._before_model),
             self._model.register_forward_hook(self._after_model, with_kwargs=True),
-            self._model.register_forward_hook(self._compile_again, always_call=True),
+            self._model.register_forward_hook(self._clean_up, always_call=True),
         ]
         if self.loss.module is not None:
             self._handles.append(self.loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
@@ -171,19 +171,20 @@ class Capture:
             return
         if not self.attached:
             return
-        self._own_derivatives.stop()
         self._drop_what_was_evaluated()
         if self.batch.latest is not None and self.batch.latest.gradient is not None:
             self._put_aside()
         self._drop_what_lost_its_gradient()
-        self._calls, self._chance = ([], Chance(module)) if torch.is_grad_enabled() else (None, None)
+        looks = torch.is_grad_enabled() and not is_transformed()
+        self._calls, self._chance = ([], Chance(module)) if looks else (None, None)
         self._forward_seed = self._draw()
         if self.active:
             self._uncompiled.enter_context(uncompiled(module))
 
-    def _compile_again(self, *_: Any) -> None:
+    def _clean_up(self, *_: Any) -> None:
         if self.attached:
             self._uncompiled.close()
+            self._own_derivatives.stop()
 
     def record(
         self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
@@ -207,7 +208,6 @@ class Capture:
         if not self.attached:
             return
         calls, chance, self._calls, self._chance = self._calls, self._chance, None, None
-        self._own_derivatives.stop()
         if calls is None or chance is None:
             return
         if not (output := self.view.join(heads := self.view.heads(raw))).requires_grad:

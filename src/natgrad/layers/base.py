@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
@@ -51,6 +52,11 @@ class Recorder(Protocol):
             blocks: Which of the B blocks took part.
             source: The input in the autograd graph, if z is the matrix times it.
         """
+
+
+def is_transformed() -> bool:
+    """Whether this is run by a transform of ``torch.func``, whose tensors are not what they seem."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Layer(ABC):
@@ -98,6 +104,12 @@ class Layer(ABC):
         self, recorder: Recorder, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor
     ) -> None:
         if recorder.active:
+            if is_transformed():
+                raise RuntimeError(
+                    f"layer {self.name!r} was called inside a transform of torch.func (vmap, grad, jvp, hessian, …), "
+                    "where natgrad cannot see its data. Call the module on the whole batch, and take derivatives by "
+                    "`torch.autograd.grad(…, create_graph=True)`: these are seen."
+                )
             x = args[0] if args else next(iter(kwargs.values()))
             recorder.record(self, self.remember(x.detach(), z), z, source=x if self.is_linear else None)
 
