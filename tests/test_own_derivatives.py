@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils.parametrizations import weight_norm
 
 import natgrad
+from natgrad import batch
 from natgrad.batch import Fisher
 from natgrad.layers import DerivativeUse, Sharing, partition
 from oracle import relative_error
@@ -274,6 +275,18 @@ def test_a_differential_equation() -> None:
         optimizer.step()
     assert loss < 1e-3
     assert (model.u(x) - (torch.pi * x).sin()).abs().max() < 0.01
+
+
+def test_derivatives_in_the_loop_are_told_of() -> None:
+    """A residual that is made of the output, outside of the model: what its loss is natgrad cannot know."""
+    torch.manual_seed(0)
+    model, x = dense(), torch.randn(DATA, 3, requires_grad=True)
+    optimizer = natgrad.KFAC(model, "mse")
+    batch._tell_of_derivatives.cache_clear()  # once is enough, of all optimizers
+    with pytest.warns(RuntimeWarning, match="the training loop differentiates the model's output"):
+        residual = gradient(model(x), x)
+    residual.square().mean().backward()
+    optimizer.step()
 
 
 def of_one(model: nn.Module) -> Callable[[Tensor], Tensor]:

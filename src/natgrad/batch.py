@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -98,11 +98,15 @@ class Forward:
 
     def note(self, gradient: Tensor, order: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
         """Keep a gradient that has come."""
+        if torch.is_grad_enabled():
+            _tell_of_derivatives()
         self.ear.heard = True
         self.gradient = at_least_float32(order(gradient))
 
     def note_some(self, width: int, columns: slice, order: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
         """Keep what has come at one of several tensors; where none comes, the loss does not depend on it."""
+        if torch.is_grad_enabled():
+            _tell_of_derivatives()
         self.ear.heard = True
         some = at_least_float32(side_by_side([order(gradient)]))
         if self.gradient is None:
@@ -295,6 +299,18 @@ class Batch:
         column = fill(size, 1, dtype=dtype, device=parameter.device)
         one = column if diagonal else column.squeeze(-1).diag()
         return one if layer.blocks is None else one.expand(layer.blocks, *one.shape).clone()
+
+
+@cache
+def _tell_of_derivatives() -> None:
+    warnings.warn(
+        "natgrad: the training loop differentiates the model's output by `create_graph=True`. If that enters the loss, "
+        "as the residual of a differential equation or a penalty on a gradient does, natgrad cannot see it there, and "
+        "steps will be poor: let a module return it from its `forward`, next to other outputs with a loss, and give "
+        "natgrad that module. docs/getting_started.md has an example.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def shuffled(data: int, seed: int) -> Tensor:
