@@ -74,7 +74,8 @@ def passed(likelihood: Likelihood, f: Tensor, loss: Callable[[Tensor], Tensor]) 
     leaf = f.clone().requires_grad_()
     loss(leaf).backward()
     forward = Forward((), {}, f, [])
-    forward.note(leaf.grad)
+    with torch.no_grad():
+        forward.note(leaf.grad)
     return at_least(forward, likelihood, likelihood.terms(f))
 
 

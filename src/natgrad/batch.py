@@ -4,6 +4,7 @@
 make A and G in units of the loss.
 """
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from natgrad.calls import Call, Sample
 from natgrad.chance import Chance
@@ -26,6 +28,8 @@ from natgrad.losses import Loss, Weights
 from natgrad.outputs import Find, Origin
 
 Fisher = Literal["mc", "exact", "empirical", "forward"]
+# So many entries of each input tell one batch from another.
+LOOKED_AT = 4096
 
 
 @dataclass
@@ -98,20 +102,21 @@ class Forward:
 
     def note(self, gradient: Tensor, order: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
         """Keep a gradient that has come."""
-        if torch.is_grad_enabled():
-            _tell_of_derivatives()
-        self.ear.heard = True
+        self._hear()
         self.gradient = at_least_float32(order(gradient))
 
     def note_some(self, width: int, columns: slice, order: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
         """Keep what has come at one of several tensors; where none comes, the loss does not depend on it."""
-        if torch.is_grad_enabled():
-            _tell_of_derivatives()
-        self.ear.heard = True
+        self._hear()
         some = at_least_float32(side_by_side([order(gradient)]))
         if self.gradient is None:
             self.gradient = some.new_zeros(len(self.output), width)
         self.gradient[: len(some), columns] = some
+
+    def _hear(self) -> None:
+        self.ear.heard = True
+        if torch.is_grad_enabled():
+            _tell_of_derivatives()
 
     def see_what_counts(self, likelihood: Likelihood) -> None:
         """Let criteria without a gradient weigh nothing from now on, if they tell and nobody else told.
@@ -146,6 +151,17 @@ class Forward:
         if self.weights is not None and likelihood.reduction == "mean":
             return float(self.weights.terms.sum())
         return likelihood.terms(self.output)
+
+    def fingerprint(self) -> float:
+        """A number that other inputs hardly have, nor these in another order; NaN if some are no tensors or numbers."""
+        total = 0.0
+        for place, leaf in enumerate(tree_leaves((self.args, self.kwargs)), start=1):
+            if isinstance(leaf, Tensor) and not leaf.is_complex():
+                some = leaf.detach().reshape(-1)[:: max(1, leaf.numel() // LOOKED_AT)].float()
+                total += float((some * torch.arange(place, place + len(some), device=some.device).sin()).sum())
+            elif leaf is not None and not isinstance(leaf, int | float | str):
+                return math.nan
+        return total
 
     @property
     def data(self) -> int:

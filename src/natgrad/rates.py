@@ -115,8 +115,8 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
     if not course.whole:
         rest.forget()
     c, told = quadratic.choose(multiplier.local, directions, b, given[: len(directions)], rest.along)
-    _look_back(multiplier, course, told, promised)
     slope, bend = (own + more for own, more in zip(multiplier.local.parts, rest.parts(c), strict=True))
+    _look_back(multiplier, course, told, promised)
     multiplier.promise(course.times * slope, course.times**2 * bend)
     if not c.any() and told["halvings"]:
         multiplier.reject()
@@ -217,5 +217,7 @@ def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised:
     """What trying a step has shown: of the previous one, and of how many data the model needs."""
     if course.whole and not course.resting and "previous_change" in told:
         multiplier.confirm(told["previous_change"], promised)
+        if Trust(multiplier.state).averages and promised:
+            multiplier.look_back(course.directions()[1], promised)
     halvings = int(told["halvings"])
     Trust(multiplier.state).tried(halvings, bool(halvings) and multiplier.ranks.all(multiplier.local.has_all))

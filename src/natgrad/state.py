@@ -25,6 +25,7 @@ OF_ALL = {
     "multiplier": 2,
     "promise": 4,
     "confirmed": 1,
+    "inputs": 1,
     "ease": 5,
     "more": 1,
     "pace": 5,

@@ -4,7 +4,8 @@ A step is made for one batch, by blocks that know neither each other nor other d
 
 - **What the next batch confirms**: of the fall of the loss that a step promised on its own batch, the share that the
   next one sees. It is all of it on a full batch and where targets are without noise, and next to nothing where a step
-  has only learnt its batch by heart.
+  has only learnt its batch by heart. A quadratic model sees it, looking back; where that sees little and the batch is
+  the same one, the loss itself is asked.
 - **The rate that the quadratic model chose.** It is one where the blocks are the curvature, and as much smaller as the
   curvature along their direction is larger than they say.
 
@@ -93,6 +94,10 @@ class Trust:
         """Fold in the share that the latest batch confirmed."""
         latest = torch.tensor([min(max(share, 0.0), 1.0)])
         self.state["confirmed"] = torch.lerp(latest, self.state.get("confirmed", latest), DECAY)
+
+    def witness(self, share: float) -> None:
+        """Forget what was confirmed so far for this share, which is certain."""
+        self.state["confirmed"] = torch.tensor([min(max(share, 0.0), 1.0)])
 
     def chose(self, rate: float) -> None:
         """Note the rate that the quadratic model chose."""

@@ -1,0 +1,90 @@
+"""What the previous step did to the loss, asked of the loss itself where the batch is the same."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import natgrad
+from natgrad.batch import Forward
+from natgrad.trust import Trust
+
+
+def forward(*args: Any, **kwargs: Any) -> Forward:
+    return Forward(args, kwargs, torch.zeros(1), [])
+
+
+def test_inputs_are_told_apart() -> None:
+    """By values, order, number and place; numbers beside the tensors do not matter."""
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 3), torch.randn(7, 3)
+    own = forward(x, 2, mask={"rows": y}).fingerprint()
+    assert own == forward(x.clone(), 3, mask={"rows": y.clone()}).fingerprint()
+    others = [(x.flip(0), y), (x + 1e-3, y), (y, x), (x[:6], y), (x, y[:6])]
+    assert own not in {forward(a, 2, mask={"rows": b}).fingerprint() for a, b in others}
+    wide = torch.randn(5000, 100)
+    assert forward(wide).fingerprint() != forward(wide.flip(0)).fingerprint()
+
+
+def test_inputs_that_cannot_be_read_are_never_the_same() -> None:
+    unknown = forward(object(), torch.ones(3)).fingerprint()
+    assert unknown != unknown
+
+
+class Heat(nn.Module):
+    """u_t = u_xx, by derivatives in the forward pass: far from quadratic in the weights."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        inner = weight_norm(nn.Linear(16, 16))
+        self.u = nn.Sequential(weight_norm(nn.Linear(2, 16)), nn.Tanh(), inner, nn.Tanh(), nn.Linear(16, 1))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, inside: Tensor, start: Tensor) -> dict[str, Tensor]:
+        x = inside.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.u(x).sum(), x, create_graph=True)
+        (bend,) = torch.autograd.grad(slope[:, 0].sum(), x, create_graph=True)
+        equation = self.dropout(slope[:, 1] - bend[:, 0])
+        return {"equation": equation, "start": self.u(start) - torch.sin(torch.pi * start[:, :1])}
+
+
+def averaged(shuffles: bool = False, dropout: float = 0.0) -> tuple[int, float]:
+    """At how many of 40 steps gradients were averaged, and the loss in the end over that in the beginning."""
+    model, generator = Heat(dropout), torch.Generator().manual_seed(0)
+    inside, start = (torch.rand(n, 2, generator=generator) for n in (150, 40))
+    start[:, 1] = 0
+    optimizer, count, losses = natgrad.KFAC(model, {"equation": "mse", "start": (10.0, "mse")}), 0, []
+    for _ in range(40):
+        optimizer.zero_grad()
+        out = model(inside[torch.randperm(150, generator=generator)] if shuffles else inside, start)
+        loss = out["equation"].square().mean() + 10 * out["start"].square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        count += int(optimizer.diagnostics(per_layer=False)["averaging"])
+    return count, losses[-1] / losses[0]
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_loss_that_is_not_quadratic_is_no_noise() -> None:
+    """The quadratic model that looks back takes it for noise, and is believed where the batch may be another."""
+    count, fall = averaged()
+    assert count == 0
+    assert fall < 0.03
+    assert averaged(shuffles=True)[0] > 0
+
+
+@pytest.mark.usefixtures("float64")
+def test_dropout_is_noise_on_the_same_batch() -> None:
+    assert averaged(dropout=0.3)[0] > 0
+
+
+def test_what_was_seen_in_fact_replaces_what_was_guessed() -> None:
+    state: dict[str, Any] = {"confirmed": torch.tensor([0.1])}
+    Trust(state).witness(0.9)
+    assert Trust(state).confirmed == pytest.approx(0.9)
+    Trust(state).witness(1.7)
+    assert Trust(state).confirmed == 1.0
