@@ -162,6 +162,7 @@ def test_a_double_precision_run_is_one_throughout(mode: dict[str, Any]) -> None:
         "multiplier",
         "promise",
         "confirmed",
+        "inputs",
         "ease",
         "more",
     }

@@ -191,7 +191,7 @@ class LossMultiplier:
         if told:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
-        inputs, seen = self.ranks.mean([self.forward.fingerprint()]).float(), self.state.get("inputs")
+        inputs, seen = torch.tensor(self.ranks.mean([self.forward.fingerprint()]).tolist()), self.state.get("inputs")
         self.state["inputs"], self.is_repeated = inputs, seen is not None and torch.equal(seen, inputs)
 
     def in_doubt(self, finite: bool) -> bool:
