@@ -28,6 +28,14 @@ def test_inputs_are_told_apart() -> None:
     assert forward(wide).fingerprint() != forward(wide.flip(0)).fingerprint()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_inputs_are_left_alone() -> None:
+    x, adjacency = torch.randn(4, 3), torch.eye(4)
+    expected = forward(x).fingerprint()
+    for sparse in (adjacency.to_sparse(), adjacency.to_sparse_csr(), adjacency.to(torch.complex64)):
+        assert forward(x, sparse).fingerprint() == expected
+
+
 def test_inputs_that_cannot_be_read_are_never_the_same() -> None:
     unknown = forward(object(), torch.ones(3)).fingerprint()
     assert unknown != unknown

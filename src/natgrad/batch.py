@@ -153,10 +153,15 @@ class Forward:
         return likelihood.terms(self.output)
 
     def fingerprint(self) -> float:
-        """A number that other inputs hardly have, nor these in another order; NaN if some are no tensors or numbers."""
+        """A number that other inputs hardly have, nor these in another order; NaN if some are no tensors or numbers.
+
+        Sparse and complex ones are not read.
+        """
         total = 0.0
         for place, leaf in enumerate(tree_leaves((self.args, self.kwargs)), start=1):
-            if isinstance(leaf, Tensor) and not leaf.is_complex():
+            if isinstance(leaf, Tensor) and (leaf.layout is not torch.strided or leaf.is_complex()):
+                continue
+            if isinstance(leaf, Tensor):
                 some = leaf.detach().reshape(-1)[:: max(1, leaf.numel() // LOOKED_AT)].float()
                 total += float((some * torch.arange(place, place + len(some), device=some.device).sin()).sum())
             elif leaf is not None and not isinstance(leaf, int | float | str):
