@@ -102,6 +102,19 @@ def test_the_step_minimizes_the_dense_quadratic_model_along_the_average(kind: st
         assert Pace(optimizer.state[parameters[0]]).promised == pytest.approx(float(promised), rel=1e-5)
 
 
+def test_an_average_is_followed_as_far_as_the_batch_agrees() -> None:
+    """One that is as long as 4.24 gradients of this batch, and like them otherwise, is out of date."""
+    optimizer, data = trained("mse", damping=(0.3, 0.3), curvature_period=100, inverse_period=100)
+    backward(optimizer, "mse", *next(data))
+    parameters = list(optimizer.preconditioner.model.parameters())
+    for p in parameters:
+        optimizer.state[p]["average"] = 5 * p.grad
+    optimizer.step()
+    longer = DECAY * (DECAY * 5 + 1 - DECAY) + 1 - DECAY
+    rate = Pace(optimizer.state[parameters[0]]).rate
+    assert optimizer.diagnostics()["lr"] == pytest.approx(rate / longer, rel=1e-6)
+
+
 def test_a_batch_that_is_asked_for_its_slope_is_no_witness() -> None:
     """Those that go on falling are asked more often, so that they would confirm too much."""
     optimizer, data = trained("mse", curvature_period=100, inverse_period=100)
