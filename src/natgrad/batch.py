@@ -159,11 +159,10 @@ class Forward:
         """
         total = 0.0
         for place, leaf in enumerate(tree_leaves((self.args, self.kwargs)), start=1):
-            if isinstance(leaf, Tensor) and (leaf.layout is not torch.strided or leaf.is_complex()):
-                continue
             if isinstance(leaf, Tensor):
-                some = leaf.detach().reshape(-1)[:: max(1, leaf.numel() // LOOKED_AT)].float()
-                total += float((some * torch.arange(place, place + len(some), device=some.device).sin()).sum())
+                if leaf.layout is torch.strided and not leaf.is_complex():
+                    some = leaf.detach().reshape(-1)[:: max(1, leaf.numel() // LOOKED_AT)].float()
+                    total += float((some * torch.arange(place, place + len(some), device=some.device).sin()).sum())
             elif leaf is not None and not isinstance(leaf, int | float | str):
                 return math.nan
         return total

@@ -85,11 +85,11 @@ def positions(owner: Layer, parts: Sequence[tuple[Layer, Tensor, Tensor]]) -> tu
 
     Args:
         owner: Whose matrix it is.
-        parts: Of each call the layer, what it remembered of the input, and the gradient of its output.
+        parts: Of each call the layer, and what it made of the input and of the gradient of its output.
     """
-    rows = [(layer.inputs(x), layer.gradients(g, x)) for layer, x, g in parts]
+    rows = [(x, g) for _, x, g in parts]
     if any(layer.of_derivative for layer, _, _ in parts):
-        rows = [_in_place(owner, layer, *both) for (layer, _, _), both in zip(parts, rows, strict=True)]
+        rows = [_in_place(owner, *part) for part in parts]
     return torch.cat([x for x, _ in rows], dim=-2), torch.cat([g for _, g in rows], dim=-2)
 
 
@@ -140,7 +140,8 @@ class Sample:
 
     def rows(self) -> tuple[Tensor, Tensor] | None:
         """As of :func:`positions`; None if no gradient came."""
-        parts = [(layer, x, g) for layer, x, g in zip(self.layers, self.xs, self.gs, strict=True) if g is not None]
+        calls = zip(self.layers, self.xs, self.gs, strict=True)
+        parts = [(layer, layer.inputs(x), layer.gradients(g, x)) for layer, x, g in calls if g is not None]
         return positions(self.owner, parts) if parts else None
 
 

@@ -28,6 +28,7 @@ from natgrad.calls import Call, alike, group, positions
 from natgrad.chance import Chance
 from natgrad.distributed import World
 from natgrad.factors import share_needed
+from natgrad.joint import differing_lengths
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, is_transformed, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
 from natgrad.outputs import Origin, View, rearrangement
@@ -102,8 +103,8 @@ class Capture:
         self._handles = [h for layer in layers if id(layer.module) in modules for h in layer.watch(self)]
         self._handles += [
             self._model.register_forward_pre_hook(self._before_model),
-            self._model.register_forward_hook(self._after_model, with_kwargs=True),
             self._model.register_forward_hook(self._clean_up, always_call=True),
+            self._model.register_forward_hook(self._after_model, with_kwargs=True),
         ]
         if self.loss.module is not None:
             self._handles.append(self.loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
@@ -213,7 +214,7 @@ class Capture:
         if not (output := self.view.join(heads := self.view.heads(raw))).requires_grad:
             return
         forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed, chance=chance.if_drawn())
-        forward.lengths = self.view.lengths
+        forward.lengths = differing_lengths(heads)
         origins, forward.find = self.view.origins(raw, heads)
         if self.loss.module is None:
             self._gather(forward, origins)
@@ -341,17 +342,16 @@ class Capture:
                 call.g = None
 
     def _add_gradients(self, use: list[Call], grads: list[Tensor | None], weight: float) -> None:
-        came = [(call, call.chosen(g)) for call, g in zip(use, grads, strict=True) if g is not None]
+        came = [(c, c.layer.gradients(c.chosen(g), c.x)) for c, g in zip(use, grads, strict=True) if g is not None]
         for pairs in alike(came):
-            first = pairs[0][0]
-            rows = torch.cat([call.layer.gradients(g, call.x) for call, g in pairs], dim=-2)
+            first, rows = pairs[0][0], torch.cat([g for _, g in pairs], dim=-2)
             total = first.layer.gradient_moment(rows, self.sharing[first.owner.name])
             self.batch.sums(first).add_gradients(total, first.blocks, weight * first.upscale)
         bases = self.bases(use[0].owner) if self.bases is not None and use[0].owner.per_datum else None
         if came and bases is not None:
             first = came[0][0]
             bases = bases if first.layer.blocks is None else (bases[0][first.blocks], bases[1][first.blocks])
-            x, g = positions(first.owner, [(call.layer, call.x, g) for call, g in came])
+            x, g = positions(first.owner, [(call.layer, call.layer.inputs(call.x), g) for call, g in came])
             total = first.layer.squared_gradients(x, g, bases)
             self.batch.add_squares(first.owner, total, first.blocks, weight * first.upscale)
 

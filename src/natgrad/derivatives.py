@@ -74,7 +74,7 @@ def along(
 
 
 def short_difference(
-    output: Function, parameters: Named, direction: Named, before: Tensor, reach: float, least: float = LEAST_CHANGE
+    output: Function, parameters: Named, direction: Named, before: Tensor, reach: float, least: float
 ) -> Tensor | None:
     """The derivative of the last output, from a forward pass at the distance ``reach``; None if rounding would show.
 

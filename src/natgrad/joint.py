@@ -93,8 +93,7 @@ class Joint(Likelihood):
     def join(self, heads: Sequence[Tensor]) -> Tensor:
         """The outputs of each datum side by side, (N, K)."""
         self._shapes = [head.shape[1:] for head in heads]
-        numbers = tuple(len(head) for head in heads)
-        self.lengths = numbers if len(set(numbers)) > 1 else ()
+        self.lengths = differing_lengths(heads)
         return side_by_side(heads)
 
     def split(self, joined: Tensor) -> list[Tensor]:
@@ -171,6 +170,12 @@ class Joint(Likelihood):
         rest = [self.split(other) for other in others]
         made = [function(*scaled, *own) for scaled, *own in zip(self._scaled(output), *rest, strict=True)]
         return side_by_side(made)
+
+
+def differing_lengths(heads: Sequence[Tensor]) -> tuple[int, ...]:
+    """Numbers of data of the heads; none if it is one for all."""
+    numbers = tuple(map(len, heads))
+    return numbers if len(set(numbers)) > 1 else ()
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:

@@ -179,7 +179,8 @@ class LossMultiplier:
 
         Args:
             gradients: Of the parameters, by name: the direction in which they are compared with the output's.
-            evaluate: Whether to do so at the first step, too, if the output's tell nothing.
+            evaluate: Whether the model is evaluated to choose the step. Then s is learnt at the first one, too, if the
+                output's tell nothing, and batches are told apart.
         """
         product, before = self.at_output, self.loss * self.scaler
         told = self.bound[1] or product > before
@@ -191,8 +192,12 @@ class LossMultiplier:
         if told:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
-        inputs, seen = torch.tensor(self.ranks.mean([self.forward.fingerprint()]).tolist()), self.state.get("inputs")
-        self.state["inputs"], self.is_repeated = inputs, seen is not None and torch.equal(seen, inputs)
+        if evaluate:
+            inputs, seen = (
+                torch.tensor(self.ranks.mean([self.forward.fingerprint()]).tolist()),
+                self.state.get("inputs"),
+            )
+            self.state["inputs"], self.is_repeated = inputs, seen is not None and torch.equal(seen, inputs)
 
     def in_doubt(self, finite: bool) -> bool:
         """Whether to look back at the previous step.
@@ -261,7 +266,7 @@ class LossMultiplier:
 
         A promise that was made with a wrong s is no evidence.
         """
-        if (self._promise[3] or self.bound[1]) and promised < 0 and math.isfinite(change):
+        if self._is_trusted and promised < 0 and math.isfinite(change):
             Trust(self.state).confirm(change / promised)
 
     def look_back(self, step: dict[str, Tensor], promised: float) -> None:
@@ -274,8 +279,7 @@ class LossMultiplier:
             step: The previous one, by parameter name.
             promised: Change of the loss that it promised.
         """
-        trusted = self._promise[3] or self.bound[1]
-        if self.is_repeated and trusted and promised < 0:
+        if self.is_repeated and self._is_trusted and promised < 0:
             change = -self.local.change({name: -s for name, s in step.items()})
             if math.isfinite(change):
                 Trust(self.state).witness(change / promised)
@@ -283,12 +287,17 @@ class LossMultiplier:
     def reject(self) -> None:
         """No step was short enough to lower the loss: if s was never seen to be right, it is too small."""
         self.forget()
-        if not (self._promise[3] or self.bound[1]):
+        if not self._is_trusted:
             self._set(self.loss * 2.0**HALVINGS, self.scaler)
 
     def forget(self) -> None:
         """There is no previous step to look back at."""
         self.state["promise"] = torch.tensor([0.0, 0.0, -1.0, self._promise[3]])
+
+    @property
+    def _is_trusted(self) -> bool:
+        """Whether s was seen to be right."""
+        return bool(self._promise[3]) or self.bound[1]
 
     @property
     def _promise(self) -> list[float]:

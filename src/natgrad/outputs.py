@@ -66,11 +66,6 @@ class View:
         """One tensor of those that the loss sees."""
         return self.loss.likelihood.join(heads) if isinstance(self.loss.likelihood, Joint) else heads[0]
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Of the tensors that were joined last, if they have different numbers of data."""
-        return self.loss.likelihood.lengths if isinstance(self.loss.likelihood, Joint) else ()
-
     def origins(self, raw: Any, heads: list[Tensor]) -> tuple[list["Origin"], Find | None]:
         """Where the gradient of the user's loss arrives.
 

@@ -60,7 +60,12 @@ class Course:
     def directions(self) -> list[dict[str, Tensor]]:
         """Downhill along the natural gradient and, if there was one, the previous step; by parameter name."""
         downhill = {self.names[p]: -d for p, d in self.natural.items()}
-        return [downhill, *([{self.names[p]: d for p, d in self.previous.items()}] if self.previous else [])]
+        return [downhill, *([self.back] if self.previous else [])]
+
+    @property
+    def back(self) -> dict[str, Tensor]:
+        """The previous step, by parameter name."""
+        return {self.names[p]: d for p, d in self.previous.items()}
 
     def slope(self) -> Tensor:
         """Of the loss along the previous step, a scalar; 0 if there was none."""
@@ -217,7 +222,7 @@ def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised:
     """What trying a step has shown: of the previous one, and of how many data the model needs."""
     if course.whole and not course.resting and "previous_change" in told:
         multiplier.confirm(told["previous_change"], promised)
-        if Trust(multiplier.state).averages and promised:
-            multiplier.look_back(course.directions()[1], promised)
+        if Trust(multiplier.state).averages:
+            multiplier.look_back(course.back, promised)
     halvings = int(told["halvings"])
     Trust(multiplier.state).tried(halvings, bool(halvings) and multiplier.ranks.all(multiplier.local.has_all))
