@@ -53,4 +53,4 @@ def values(optimizer: natgrad.KFAC) -> dict[str, Tensor]:
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     differing = [n for n, t in expected.items() if not torch.equal(actual[n], t) or actual[n].dtype != t.dtype]
-    assert differing == []
+    assert differing == [], differing

@@ -19,6 +19,7 @@ from natgrad.averaging import (
     WINDOW,
     Averages,
     Pace,
+    noise_left,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -97,6 +98,38 @@ def test_rates_fall_at_once_and_rise_slowly() -> None:
     assert flat.rate == 0.25 * RISE
 
 
+@pytest.mark.parametrize(("error", "rises"), [(0.9, 1), (1.1, 0)])
+def test_rates_rise_once_a_window_and_where_the_error_fell(error: float, rises: int) -> None:
+    """Data learnt by heart show no curvature at any measurement; what was lost within the window comes back."""
+    state: dict[str, Tensor] = {}
+    one = pace(state)
+    for window in ([1.0] * SHORTEST_WINDOW, [error] * SHORTEST_WINDOW):
+        for number, latest in enumerate(window):
+            state["step"] = torch.tensor(float(number))
+            one.note(latest, 0.0)
+            one.measure(2.0, 1e-6)
+    expected = 2 + rises  # in the first window, and after it, as it had nothing to compare with
+    assert one.ratio == pytest.approx(4.0 / RISE**expected)
+    one.measure(2.0, 80.0)
+    assert one.ratio == 40.0
+    one.measure(2.0, 1e-6)
+    assert one.ratio == pytest.approx(max(4.0 / RISE**expected, math.sqrt(40.0 * 0.5e-6)))
+
+
+def test_the_noise_left_is_that_of_independent_gradients() -> None:
+    """Σ of the squared weights of unit impulses, one after the other, by the share of noise in one of them."""
+    weights = []
+    for age in range(200):
+        averages, parameter = averages_of()
+        for step in range(age + 1):
+            ahead = averages.take({parameter: torch.full((2,), float(step == 0))}.get)
+        weights.append(float(ahead[parameter][0]))
+    left = sum(weight**2 for weight in weights)
+    assert noise_left(0.6) == pytest.approx(left * 0.6 / (left * 0.6 + 0.4), rel=1e-8)
+    assert noise_left(0.0) == 0.0
+    assert noise_left(1.0) == pytest.approx(1.0)
+
+
 def test_a_direction_without_curvature_has_a_rate() -> None:
     assert pace({}, 2.0, 0.0).rate == pytest.approx(1 / averaging.TINY)
 
@@ -141,7 +174,7 @@ def progress(errors: list[float], slope: float = 0.0, step: float = 0.0, factor:
     """What steps are multiplied by after so many batches; each step is to have had the slope −1 at its start."""
     state: dict[str, Tensor] = {}
     one = pace(state)
-    state["progress"] = torch.tensor([0.0, 0.0, 0.0, 0.0, factor])
+    state["progress"] = torch.tensor([0.0, 0.0, 0.0, 0.0, factor, 0.0])
     for number, error in enumerate(errors):
         state["step"] = torch.tensor(step + number)
         one.note(error, slope)
@@ -176,7 +209,7 @@ def test_a_single_batch_counts_for_no_more_than_the_whole_slope() -> None:
     """Catches a window decided by one batch of which the direction knew nothing."""
     state: dict[str, Tensor] = {}
     one = pace(state)
-    state["progress"] = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5])
+    state["progress"] = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5, 0.0])
     for number in range(SHORTEST_WINDOW):
         state["step"] = torch.tensor(float(number))
         one.note(1.0, 0.0 if number else -1e6)

@@ -322,3 +322,57 @@ def test_outputs_that_cannot_belong_to_the_loss(kind: type[Likelihood], output: 
     with pytest.raises(ValueError, match=r"`output=|bce") as raised:
         kind().check(output)
     assert text in str(raised.value)
+
+
+# What weights the loop multiplies by.
+
+
+def shares_of(loss: Callable[[Tensor, Tensor], Tensor], weights: Tensor, output: Tensor) -> Tensor | None:
+    """As natgrad reads them from the gradient of Σ weight · loss."""
+    f = output.clone().requires_grad_()
+    torch.sum(weights * loss(f, output.argmax(1).roll(1))).backward()
+    assert f.grad is not None
+    return Categorical("sum").shares(output, f.grad)
+
+
+def labelled(f: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(f, y, reduction="none")
+
+
+@pytest.mark.parametrize("sizes", [(), (3,)])
+def test_weights_of_labelled_data_are_read_from_the_gradient(sizes: tuple[int, ...]) -> None:
+    """Over their median; zeros stay zeros."""
+    output, weights = logits((9, 4, *sizes)), torch.rand(9, *sizes) + 0.1
+    weights[0] = 0.0
+    found = shares_of(labelled, weights, output)
+    assert found is not None
+    torch.testing.assert_close(found.squeeze(1), weights / weights[weights > 0].median(), rtol=1e-8, atol=0.0)
+
+
+def test_labels_that_are_met_have_the_usual_weight() -> None:
+    """Their gradient is what rounding leaves; and it hardly counts."""
+    output, weights = logits((9, 4)), torch.rand(9) + 0.1
+    output[0] = torch.tensor([30.0, 0.0, 0.0, 0.0])
+    labels = torch.zeros(9, dtype=torch.long)
+    found = shares_of(lambda f, _: labelled(f, labels), weights, output)
+    assert found is not None
+    assert found[0] == 1.0
+
+
+def distilled(f: Tensor, y: Tensor) -> Tensor:
+    """From a teacher, at a temperature."""
+    teacher = torch.randn(f.shape, generator=torch.Generator().manual_seed(1), dtype=f.dtype)
+    return nn.functional.kl_div((f / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="none").sum(1)
+
+
+def smoothed(f: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(f, y, reduction="none", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("loss", [distilled, smoothed])
+def test_targets_that_are_no_labels_tell_no_weights(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert shares_of(loss, torch.rand(9) + 0.1, logits((9, 4))) is None
+
+
+def test_equal_weights_are_none() -> None:
+    assert shares_of(labelled, torch.full((9,), 7.0), logits((9, 4))) is None

@@ -378,9 +378,11 @@ def test_monte_carlo_has_the_weights_too(name: str) -> None:
         (nn.SoftMarginLoss(), ValueError, "natgrad knows MSELoss, Cross.*pass a `natgrad.likelihoods.Likelihood`"),
         (nn.BCELoss(), ValueError, "that returns probabilities return the logits, for BCEWithLogitsLoss. For another"),
         ("hinge", ValueError, "is not known: use one of 'mse', 'cross_entropy', 'bce_with_logits'"),
-        (cross_entropy, TypeError, "must be a name, a torch loss module or a"),
+        (cross_entropy, TypeError, 'does not compute it: pass `"cross_entropy"`'),
+        (nn.MSELoss, TypeError, r"does not compute it: pass an instance, `MSELoss\(\)`"),
+        (torch.sigmoid, TypeError, "must be a name, a torch loss module or a"),
     ],
-    ids=["no reduction", "divergence", "margin", "probabilities", "name", "function"],
+    ids=["no reduction", "divergence", "margin", "probabilities", "name", "its function", "its class", "function"],
 )
 def test_losses_that_are_refused(told: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):

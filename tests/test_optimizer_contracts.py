@@ -135,7 +135,7 @@ def test_a_layer_may_come_late(mode: dict[str, Any]) -> None:
     assert all(not torch.equal(after[n], before[n]) for n in ("first.weight", "second.weight", "second.bias"))
     assert optimizer.diagnostics()["momentum"] == (0.0 if "auto" in mode.values() else 0.9)
     train(optimizer, 2)
-    assert optimizer.diagnostics()["momentum"] != 0.0
+    assert optimizer.diagnostics()["momentum"] != 0.0 or optimizer.undone_steps
 
 
 # State.

@@ -333,17 +333,26 @@ def masked_squares(output: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     return mse_loss(output.movedim(1, -1)[mask], y[mask])
 
 
+def weighted_tokens(output: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Few that count for much, some for nothing."""
+    each = cross_entropy(output, y.argmax(-1), reduction="none")
+    return (each * (1 + 19 * mask[..., 0]) * mask[..., 1]).mean()
+
+
 @pytest.mark.parametrize(
     ("told", "loss"),
     [
         ("cross_entropy", masked_tokens),
+        ("cross_entropy", weighted_tokens),
         (MODULE, masked_by_module),
         ("bce_with_logits", masked_entries),
         ("mse", masked_squares),
     ],
-    ids=["tokens", "tokens, by a module", "entries", "squares"],
+    ids=["tokens", "tokens with weights", "tokens, by a module", "entries", "squares"],
 )
-def test_what_a_mask_leaves_out_has_no_curvature(told: Any, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+def test_what_a_mask_leaves_out_or_weighs_has_its_curvature(
+    told: Any, loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> None:
     """The change of the loss is exact, although nothing but its gradient tells what counts, and how much."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
@@ -359,6 +368,33 @@ def test_what_a_mask_leaves_out_has_no_curvature(told: Any, loss: Callable[[Tens
             change = loss(model(x).movedim(-1, 1), y, mask) - before
         assert optimizer.diagnostics(per_layer=False)["actual_change"] == pytest.approx(change.item(), rel=1e-8)
         assert change < 0
+
+
+def test_classes_that_are_ruled_out_change_nothing() -> None:
+    """Logits of −∞, as of moves against the rules of a game: the same step as with very small ones."""
+    x, y, steps = torch.randn(40, 3), torch.randint(3, (40,)), []
+    for least in (-torch.inf, -1e9):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), Masked(least))
+        optimizer = natgrad.KFAC(model, "cross_entropy")
+        for _ in range(4):
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+        steps.append(optimizer.diagnostics(per_layer=False))
+    assert steps[0]["halvings"] == 0
+    assert steps[0] == pytest.approx(steps[1], rel=1e-8)
+
+
+class Masked(nn.Module):
+    """The last two of five classes cannot be."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.least = least
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.masked_fill(torch.arange(5) > 2, self.least)
 
 
 def test_zeros_that_are_met_where_training_begins_count() -> None:

@@ -9,7 +9,8 @@ batch at hand as Nesterov does, before the metric P is applied to it. It takes t
 The exact quadratic model of the loss still tells the rate, α = f · uᵀΔ / ΔᵀFΔ, where uᵀΔ has far less noise in it than
 gᵀΔ. The inverse of this ratio, the *pace*, hardly changes from one average to the next. So it is measured only now and
 then: when inverses are new, when Δ has become much longer in its own metric, when the loss goes on falling along the
-latest step as fast as at its start, and otherwise at every eighth step. Rates fall at once and rise slowly.
+latest step as fast as at its start, and otherwise at every eighth step. Rates fall at once and rise slowly: a batch
+that is learnt by heart shows next to no curvature. So they rise only where error has fallen, and once a window.
 
 Where gᵀΔ < uᵀΔ the average is out of date: the step is shortened as much, and where gᵀΔ < 0 the average starts anew.
 
@@ -35,7 +36,7 @@ from natgrad.layers import at_least_float32
 DECAY = 0.9
 # Steps between two measurements of the pace at most, and how much longer Δ may become until the next.
 EVERY, LONGER = 8, 2.0
-# A rate becomes no more times larger at once: where all data are learnt by heart there is hardly any curvature left.
+# A rate becomes no more times larger in a window, and no larger at all after one whose error did not fall.
 RISE = 2.0
 # A window is this share of the steps before it, and no fewer than so many steps.
 WINDOW, SHORTEST_WINDOW = 0.25, 8
@@ -46,6 +47,15 @@ GAIN, SHRINK, PERSISTENT = 0.002, 0.7, 0.3
 TINY = 1e-6
 
 State = MutableMapping[str, Any]
+
+
+def noise_left(share: float) -> float:
+    """The share of noise in u, from that in the gradients of single batches, which are independent.
+
+    The latest enters u by 1 − β², the one i steps before it by (1 − β) βⁱ⁺¹; the squares of these add up.
+    """
+    squares = (1 - DECAY**2) ** 2 + (1 - DECAY) ** 2 * DECAY**4 / (1 - DECAY**2)
+    return squares * share / (squares * share + 1 - share)
 
 
 class Averages:
@@ -104,7 +114,8 @@ class Pace:
         state: Of the first layer's first parameter: ``pace``, the inverse of the rate for f = 1, the number of steps
             since that was due, uᵀΔ at that time, and of the latest step its slope −α uᵀΔ and the change of the loss
             that it promised on its own batch; ``progress``, of the current window the number of steps, the sums of
-            errors and of slopes that persisted, the mean error of the window before (0 if there was none), and f.
+            errors and of slopes that persisted, the mean error of the window before (0 if there was none), f, and the
+            least pace in the window.
     """
 
     def __init__(self, state: State) -> None:
@@ -152,8 +163,10 @@ class Pace:
     def measure(self, slope: float, curvature: float, due: bool = True) -> None:
         """Set the pace by uᵀΔ and ΔᵀFΔ, at a time when that was due or at another."""
         latest = max(curvature, TINY * slope) / slope
-        if self.known:
-            latest = max(latest, math.sqrt(latest * self._pace[0]), self._pace[0] / RISE)
+        if before := self._pace[0] if self.known else 0.0:
+            latest = max(latest, math.sqrt(latest * before), self._progress[5])
+        else:
+            self._set("progress", [*self._progress[:5], latest / RISE])
         # Due: one step before the present one.
         self._set("pace", [latest, -1.0 if due else self._pace[1], slope, *self._pace[3:]])
 
@@ -180,17 +193,19 @@ class Pace:
             error: Mean squared gradient at the output.
             slope: Of the loss along the latest step, by the gradient of this batch.
         """
-        count, errors, persisted, before, factor = self._progress
+        count, errors, persisted, before, factor, least = self._progress
         expected = self._pace[3]
         persists = min(max(slope / expected, -1.0), 1.0) if expected else 0.0
         count, errors, persisted = count + 1, errors + error, persisted + persists
         if count >= max(SHORTEST_WINDOW, WINDOW * (float(self.state["step"]) - count)):
+            gains = not before or errors / count <= (1 - GAIN) * before
+            least = self._pace[0] / RISE if gains else self._pace[0]
             if persisted > PERSISTENT * count:
                 factor = min(factor / SHRINK, 1.0)
-            elif before and errors / count > (1 - GAIN) * before:
+            elif not gains:
                 factor *= SHRINK
             count, errors, persisted, before = 0.0, 0.0, 0.0, errors / count
-        self._set("progress", [count, errors, persisted, before, factor])
+        self._set("progress", [count, errors, persisted, before, factor, least])
 
     def forget(self) -> None:
         """Gradients are not averaged any more."""
@@ -203,7 +218,7 @@ class Pace:
 
     @property
     def _progress(self) -> list[float]:
-        return self._get("progress", [0.0, 0.0, 0.0, 0.0, 1.0])
+        return self._get("progress", [0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
 
     def _get(self, name: str, unknown: list[float]) -> list[float]:
         kept: list[float] = self.state[name].tolist() if name in self.state else unknown

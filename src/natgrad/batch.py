@@ -231,6 +231,10 @@ class Batch:
         """Number of rows in A of the layer called ``name``."""
         return sum(s.rows for (owner, _), s in self.statistics.items() if owner == name)
 
+    def all_rows(self, name: str) -> float:
+        """Number of rows that those stand for."""
+        return sum(s.of for (owner, _), s in self.statistics.items() if owner == name)
+
     def sums(self, call: Call) -> Statistics:
         """Those that a call's rows enter."""
         return self.statistics.setdefault(call.key, Statistics(call.layer.blocks))
@@ -340,7 +344,8 @@ def shuffled(data: int, seed: int) -> Tensor:
 
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every entry is finite, with a single synchronization; both extremes are NaN where an entry is."""
-    extremes = [extreme for t in tensors if t.numel() for extreme in torch.aminmax(t.detach())]
+    dense = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
+    extremes = [extreme for t in dense if t.numel() for extreme in torch.aminmax(t)]
     return bool(torch.stack([extreme.isfinite() for extreme in extremes]).all())
 
 

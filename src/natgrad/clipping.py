@@ -29,4 +29,5 @@ def clip_scale(
 
 def dot(direction: Mapping[nn.Parameter, Tensor], gradient: Gradient) -> Tensor:
     """Product of the loss's gradient with a direction."""
-    return torch.stack([torch.sum(d * g) for p, d in direction.items() if (g := gradient(p)) is not None]).sum()
+    products = [torch.sum(d * g) for p, d in direction.items() if (g := gradient(p)) is not None]
+    return torch.stack(products).sum() if products else torch.zeros(())

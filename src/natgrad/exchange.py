@@ -27,7 +27,8 @@ def share_batch(batch: Batch, layers: Sequence[Layer], world: World) -> None:
     if world.size == 1:
         return
     keys = [(layer.name, swapped) for layer in layers for swapped in (False, True)]
-    rows = [batch.statistics[key].rows if key in batch.statistics else 0 for key in keys]
+    known = [batch.statistics.get(key) for key in keys]
+    rows = [number for sums in known for number in ((sums.rows, sums.of) if sums is not None else (0, 0))]
     forward = batch.latest
     own = 0.0 if forward is None else forward.terms(batch.loss.likelihood)
     came = _came(batch, layers)
@@ -40,9 +41,9 @@ def share_batch(batch: Batch, layers: Sequence[Layer], world: World) -> None:
             )
     batch.terms = sums[0] / world.size
     batch.part = own / sums[1] if sums[1] else 1 / world.size
-    for key, number in zip(keys, sums[2:], strict=False):
-        if key in batch.statistics:
-            batch.statistics[key].rows = round(number)
+    for one, chosen, of in zip(known, sums[2::2], sums[3::2], strict=False):
+        if one is not None:
+            one.rows, one.of = round(chosen), of
     inputs, gradients, squares = _sums(batch, layers)
     world.reduce([*inputs, *gradients, *squares], "factors")
     for piece in [*gradients, *squares]:

@@ -57,6 +57,7 @@ class Statistics:
         A: ΣA; the blocks that took part in a call, if there are blocks.
         weight: What ΣA is divided by; (B, 1, 1) if there are blocks.
         rows: Number of rows in ΣA.
+        of: The same in the whole batch.
         G: ΣG, scaled up from the rows used to all rows of the batch.
     """
 
@@ -64,6 +65,7 @@ class Statistics:
     A: Tensor | None = None
     weight: Tensor | None = None
     rows: int = 0
+    of: float = 0.0
     G: Tensor | None = None
 
     def add_inputs(self, moment: Moment, part: slice, weight: float) -> None:
@@ -76,6 +78,7 @@ class Statistics:
         self.A[part] += total
         self.weight[part if self.blocks else ...] += moment.weight * weight
         self.rows += moment.rows
+        self.of += moment.rows * weight
 
     def add_gradients(self, total: Tensor, part: slice, weight: float) -> None:
         """Add the gradients of one call, counted ``weight`` times."""
@@ -89,6 +92,7 @@ class Statistics:
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, theirs if mine is None else mine if theirs is None else mine + theirs)
         self.rows += other.rows
+        self.of += other.of
 
     def tensors(self) -> Iterator[Tensor]:
         """The sums there are."""

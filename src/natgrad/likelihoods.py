@@ -126,6 +126,10 @@ class Bernoulli(_Elementwise):
         return functional.softplus(moved) - functional.softplus(output) - output.sigmoid() * (moved - output)
 
 
+# Two values of a weight that differ by less are the same, rounded.
+ALIKE = 1e-3
+
+
 class Categorical(Likelihood):
     """Cross-entropy of logits of shape (N, C) or (N, C, T…), as torch's ``CrossEntropyLoss``."""
 
@@ -191,14 +195,39 @@ class Categorical(Likelihood):
         """Position by position."""
         return (gradient != 0).any(dim=1, keepdim=True).to(gradient.dtype)
 
+    def shares(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        """With the weights that the loop multiplies by; where all targets are labels, g = w (p − e_k) shows them."""
+        counted = super().shares(output, gradient)
+        weights = _weights_of_labels(output, gradient)
+        if weights is None:
+            return counted
+        return weights if counted is None else weights * counted
+
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
-        """Σ_k p_k (log p_k − log p′_k)."""
+        """Σ_k p_k (log p_k − log p′_k); of a class that is ruled out, nothing."""
         log_p, log_moved = output.log_softmax(dim=1), moved.log_softmax(dim=1)
-        return (log_p.exp() * (log_p - log_moved)).sum(dim=1, keepdim=True)
+        p = log_p.exp()
+        return torch.where(p > 0, p * (log_p - log_moved), 0.0).sum(dim=1, keepdim=True)
 
     def criteria(self, output: Tensor) -> int:
         """One per datum and position."""
         return output.numel() // output.shape[1]
+
+
+def _weights_of_labels(output: Tensor, gradient: Tensor) -> Tensor | None:
+    """Over their median, of each criterion; None where they are all alike, or where targets are no labels."""
+    (least, label), (most, other) = gradient.min(dim=1, keepdim=True), gradient.max(dim=1, keepdim=True)
+    log_p = output.gather(1, torch.cat([label, other], dim=1)) - output.logsumexp(dim=1, keepdim=True)
+    missing, p = -torch.expm1(log_p[:, :1]), log_p[:, 1:].exp()
+    # Where a label is met to many digits, these tell no weight.
+    clear = (least < 0) & (missing > 0.01) & (p > 0)
+    weights, again = (-least / missing)[clear], (most / p)[clear]
+    if not weights.numel() or not torch.allclose(weights, again, rtol=ALIKE, atol=0.0):
+        return None
+    middle = weights.median()
+    if torch.allclose(weights, middle, rtol=ALIKE, atol=0.0):
+        return None
+    return torch.ones_like(missing).masked_scatter_(clear, weights / middle)
 
 
 class LogCategorical(Categorical):

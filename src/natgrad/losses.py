@@ -118,10 +118,20 @@ def resolve(loss: Declared) -> Loss:
         return _of_several(loss)
     if isinstance(loss, Sequence):
         return _of_several(dict(enumerate(loss)))
+    if name := _meant(loss):
+        raise TypeError(f"`loss` tells which loss the training loop computes, and does not compute it: pass {name}.")
     raise TypeError(
         "`loss` must be a name, a torch loss module or a `natgrad.likelihoods.Likelihood`, or a dictionary or a tuple "
         f"of these for several outputs, not {loss!r}."
     )
+
+
+def _meant(loss: object) -> str | None:
+    """What to pass for a function or a class that is the loss of a name or of a module."""
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        return f"an instance, `{loss.__name__}()`"
+    names = (name for name, (_, function) in _BY_NAME.items() if function is loss)
+    return next((f'`"{name}"`' for name in names), None)
 
 
 def _of_several(losses: Mapping[Any, Weighted]) -> Loss:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from natgrad import damping as dampings
-from natgrad import diagnostics, exchange, noise, schedule
+from natgrad import diagnostics, exchange, noise, polar, schedule
+from natgrad.averaging import noise_left
 from natgrad.batch import Batch
 from natgrad.damping import DampingRule
 from natgrad.distributed import World
@@ -119,14 +120,25 @@ class Metric:
             Trust(states[self.layers[0].name]).settle(averages)
         self._refresh(refreshed, states, step)
 
-    def solve(self, states: States, matrix: Matrix) -> dict[str, Tensor]:
-        """The natural gradient of every layer that has factors and a gradient, as a matrix by its name."""
+    def solve(self, states: States, matrix: Matrix, averaged: bool) -> dict[str, Tensor]:
+        """The natural gradient of every layer that has factors and a gradient, as a matrix by its name.
+
+        Args:
+            states: Of each layer, by name.
+            matrix: From a layer to its gradient.
+            averaged: Whether gradients are averages over batches.
+        """
         solutions: dict[str, Tensor] = {}
+        shares = [state["noise"] for state in states.values() if averaged and "noise" in state]
         for layer in self.layers:
             V = matrix(layer)
             if V is not None:
-                held = self.world.holds(layer.name)
-                solutions[layer.name] = self.inverse.solve(states[layer.name], V) if held else torch.empty_like(V)
+                held, state = self.world.holds(layer.name), states[layer.name]
+                solution = self.inverse.solve(state, V) if held else torch.empty_like(V)
+                if held and shares and self.inverse.is_product and polar.pays(float(state["rows"]), V):
+                    share = noise.mean([state["noise"]] if "noise" in state else shares)
+                    solution = polar.orthogonalize(V, solution, noise_left(share))
+                solutions[layer.name] = solution
         exchange.share_solutions(solutions, self.world)
         return solutions
 

@@ -169,9 +169,10 @@ class LossMultiplier:
 
     @property
     def at_output(self) -> float:
-        """S s of the current pass; as before, where that does not tell."""
+        """S s of the current pass; as before, where that does not tell or a step has told better."""
         bound, attained = self.bound
-        product = bound if attained else max(bound, self.loss * self.scaler)
+        before = self.loss * self.scaler
+        product = bound if attained else before if self._promise[3] else max(bound, before)
         return product if abs(product - 1) > CLOSE else 1.0
 
     def update(self, gradients: dict[str, Tensor], evaluate: bool) -> None:
@@ -199,32 +200,38 @@ class LossMultiplier:
             )
             self.state["inputs"], self.is_repeated = inputs, seen is not None and torch.equal(seen, inputs)
 
-    def in_doubt(self, finite: bool) -> bool:
+    def in_doubt(self, finite: bool, back: float) -> bool:
         """Whether to look back at the previous step.
 
-        That is where no output is finite after it; and, where only it can tell s, if it is the first or the error grew.
+        That is where no output is finite after it, where the error grew, or where the loss rises at its end more than
+        it promised to fall; and if it is the first, where only it can tell s.
 
         Args:
             finite: Whether everything of the current pass is.
+            back: Product of the previous step with the gradient at its end.
         """
-        _, _, error, trusted = self._promise
+        error = self._promise[2]
         if error < 0:
             return False
         if not finite:
             return not self._finite_output
         if self.undeclared.is_found:  # of which outputs tell nothing
             return False
-        return not self.bound[1] and (not trusted or self.error() > GROWTH * error)
+        if not self._is_trusted or self.error() > GROWTH * error:
+            return True
+        # On its own batch a step was tried before it was taken.
+        is_evident = error < torch.finfo(torch.float32).max and not self.is_repeated
+        return is_evident and back > -self.promised
 
     def accepts(self, step: dict[str, Tensor]) -> bool:
-        """Whether the previous step was not much too long, seen on fresh data; s is corrected where it was wrong.
+        """Whether the previous step was not much too long, seen on fresh data; s is corrected where it may be wrong.
 
         A step too long is better undone even if the loss has fallen: it may leave the network where gradients vanish.
 
         Args:
             step: The previous one, by parameter name.
         """
-        slope, bend, _, trusted = self._promise
+        slope, bend, _, _ = self._promise
         back_there = {name: -s for name, s in step.items()}
         if not self._finite_output:
             if not self.local.is_finite(back_there):
@@ -233,12 +240,14 @@ class LossMultiplier:
             return False
         self.local.change(back_there)
         back, fresh_bend = self.local.parts
+        if self._is_trusted:
+            return not Trust(self.state).refutes(self.promised, -(back + fresh_bend / 2))
         rise = -back - slope
         low, high = sorted(rise / max(b, torch.finfo(torch.float32).tiny) for b in (bend, fresh_bend))
         factor = 1.0
         if low > SUSPECT and rise > abs(slope):
             factor = low
-        elif not trusted and high < 1 / SUSPECT and bend > abs(slope) / 2:  # and not just cut short by the check
+        elif high < 1 / SUSPECT and bend > abs(slope) / 2:  # and not just cut short by the check
             factor = max(high, SHRINK)
         self._set(self.loss * factor, self.scaler)
         self.state["promise"][3] = float(factor == 1 and bend > 0)
@@ -258,7 +267,7 @@ class LossMultiplier:
             bend: By how much that rises.
             evident: Whether that is more than the noise of the next batch, so that an error that grew tells something.
         """
-        error = 0.0 if self.bound[1] else self.error() if evident else torch.finfo(torch.float32).max
+        error = self.error() if evident else torch.finfo(torch.float32).max
         self.state["promise"] = torch.tensor([slope, bend, error, self._promise[3]])
 
     def confirm(self, change: float, promised: float) -> None:

@@ -91,5 +91,10 @@ def ratio(shares: Sequence[Tensor]) -> float:
     """Noise over signal, of one layer or on average over several; as of noise alone if nothing is known."""
     if not shares:
         return 1 / LEAST_SIGNAL
-    share = float(torch.cat([share.double() for share in shares]).mean())
+    share = mean(shares)
     return share / max(1 - share, LEAST_SIGNAL)
+
+
+def mean(shares: Sequence[Tensor]) -> float:
+    """Of shares of noise."""
+    return float(torch.cat([share.double() for share in shares]).mean())

@@ -22,7 +22,7 @@ from typing_extensions import Unpack
 from natgrad import diagnostics
 from natgrad import state as states
 from natgrad.averaging import Averages
-from natgrad.clipping import clip_scale
+from natgrad.clipping import clip_scale, dot
 from natgrad.distributed import Distributed, like, whole
 from natgrad.groups import relative_rates, split
 from natgrad.layers import partition
@@ -189,10 +189,11 @@ class KFAC(torch.optim.Optimizer):
 
     def _stands(self, multiplier: LossMultiplier, finite: bool) -> bool:
         """Whether the previous step is left as it was; where new data show that it went much too far, it is undone."""
-        if not self.automatic_lr or not multiplier.in_doubt(finite):
-            return True
         step = {p: whole(self.state[p]["velocity"]) for p in self._names if "velocity" in self.state[p]}
-        if not step or multiplier.accepts({self._names[p]: v for p, v in step.items()}):
+        if not self.automatic_lr or not step:
+            return True
+        back = float(multiplier.ranks.mean(dot(step, self.preconditioner.gradient).cpu()))
+        if not multiplier.in_doubt(finite, back) or multiplier.accepts({self._names[p]: v for p, v in step.items()}):
             return True
         for parameter, velocity in step.items():
             parameter.sub_(like(velocity.to(parameter.dtype), parameter))
@@ -371,6 +372,7 @@ class KFAC(torch.optim.Optimizer):
             - ``kl``: ½ sᵀFs with F the whole network's Gauss-Newton matrix on the model's data, in units of the loss;
               the ratio of ``kl_kfac`` to it says how well the blocks know the curvature along the step.
             - ``confirmed``: of the fall of the loss that steps promised, the share that later batches confirmed.
+            - ``caution``: what rates are multiplied by, as batches refuted steps made for others.
             - ``ease``: what the automatic damping is multiplied by without averaging, see :mod:`natgrad.trust`.
             - ``shortening``: with averaging, what steps are multiplied by since the error has stopped falling.
             - ``loss_multiplier``: what the loop multiplies the declared loss by, as far as that can be known; see

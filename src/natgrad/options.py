@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, TypeGuard, get_args
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from natgrad.batch import Fisher
+from natgrad.distributed import Distributed
 from natgrad.inverses import INVERSES
 from natgrad.layers import Sharing
 from natgrad.likelihoods import Likelihood
@@ -25,6 +27,22 @@ class CurvatureOptions(TypedDict, total=False):
     sharing: Sharing | dict[str, Sharing]
     output: Callable[[Any], Any] | None
     seed: int
+
+
+def module_of(given: object) -> nn.Module:
+    """What is called in the training loop; a ``TypeError`` for what is no module, or shows none of its layers."""
+    model = given.model if isinstance(given, Distributed) else given
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be the model itself, a torch.nn.Module, not a {type(model).__name__}: natgrad watches its "
+            "layers. To train only some of its parameters, pass them as `params=` besides."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "`model` was scripted or traced, and its layers cannot be watched any more: give natgrad the module that "
+            "it was made from, and script that after training."
+        )
+    return model
 
 
 def check_fisher(fisher: str, likelihood: Likelihood | None) -> None:

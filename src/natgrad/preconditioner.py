@@ -29,7 +29,7 @@ from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
 from natgrad.losses import Declared, resolve
 from natgrad.metric import Metric
 from natgrad.multiplier import LossMultiplier
-from natgrad.options import check_fisher, check_inverse, check_numbers, check_periods, check_positive
+from natgrad.options import check_fisher, check_inverse, check_numbers, check_periods, check_positive, module_of
 from natgrad.quadratic import LocalModel
 from natgrad.schedule import Period
 from natgrad.trust import Trust
@@ -111,8 +111,8 @@ class Preconditioner:
         check_positive(mc_samples=mc_samples)
         check_periods(curvature_period=curvature_period, inverse_period=inverse_period)
         check_inverse(inverse, fisher)
+        called = module_of(model)
         self.world = World.of(model)
-        called = model.model if isinstance(model, Distributed) else model
         self.model = unwrap(called)
         self.layers = partition(self.model).require_layers()
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
@@ -273,7 +273,7 @@ class Preconditioner:
     @torch.no_grad()
     def directions(self, gradient: Gradient | None = None) -> dict[nn.Parameter, Tensor]:
         """The natural gradient of every parameter that has factors and a gradient: the batch's, or the one given."""
-        solutions = self.metric.solve(self.states(), partial(self._matrix, gradient or self.gradient))
+        solutions = self.metric.solve(self.states(), partial(self._matrix, gradient or self.gradient), self.averages)
         natural: dict[nn.Parameter, Tensor] = {}
         for layer in self.layers:
             if layer.name in solutions:
@@ -393,6 +393,7 @@ class Preconditioner:
             determined = determines(batch.rows(layer.name), max(layer.shape))
             decay = AVERAGED_DECAY if self.averages else 0.0 if determined else LONG_DECAY
         update_average(state, {"A": factors[0], "G": factors[1]}, decay)
+        state["rows"] = torch.tensor(batch.all_rows(layer.name), dtype=torch.float32)
         self.metric.moved.add(layer.name)
         spectrum = batch.spectrum(layer)
         if spectrum is not None:

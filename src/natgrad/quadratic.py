@@ -81,12 +81,15 @@ class LocalModel:
         self.parts = (0.0, 0.0)
         self._products: list[Tensor] = []  # J d, of the latest `curvature`
         self._differentiates = False
+        self._ruled_out: Tensor | None = None  # where the user's output is −∞
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
         enough = round(min(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data), forward.data))
         # Only all data together draw the dropout that they drew before.
         apart = forward.chance is None and not forward.lengths
         if not (enough < forward.data and apart and self._take_some(enough)):
             self._take_all()
+        impossible = self._take(forward.output).isneginf()
+        self._ruled_out = impossible if impossible.any() else None
         self.weights = None if forward.weights is None else Weights(*map(self._take, forward.weights))
         # Of the user's loss: of one micro-batch among several, the gradient is that of a part.
         self.share = self.size / forward.data * forward.terms(likelihood) / terms
@@ -209,6 +212,8 @@ class LocalModel:
         """The tensor whose gradient was noted, and the one that the loss sees."""
         raw = self._rerun({**self._gathered, **parameters})
         output = at_least_float32(self.rearrange(self.select(raw)))
+        if self._ruled_out is not None:  # masked logits, whose difference would not be a number
+            output = output.masked_fill(self._ruled_out, torch.finfo(output.dtype).min / 4)
         outputs = output if self.forward.find is None else at_least_float32(self.forward.find(raw)), output
         self._differentiates |= output.requires_grad and not torch.is_grad_enabled()  # it enables gradients
         return without_graph(outputs) if self._differentiates else outputs
@@ -292,6 +297,7 @@ def choose(
     b: Tensor,
     given: Sequence[float | None],
     find_rest: Callable[[LocalModel, Sequence[dict[str, Tensor]], Tensor], Rest | None] = lambda *_: None,
+    judge: Callable[[float], float] = lambda _: 1.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """Coefficients of the directions that lower the loss, by the model and then in fact.
 
@@ -301,6 +307,8 @@ def choose(
         b: Products of the loss's gradient with the directions.
         given: Coefficients that the user chose; None for those that are free.
         find_rest: What of the loss was not declared, once the curvature of what was is known.
+        judge: From the change of the loss by the previous step to what a free coefficient of the natural gradient is
+            multiplied by.
 
     Returns:
         The coefficients, and diagnostics. All are zero when even the shortest step does not lower the loss.
@@ -311,6 +319,9 @@ def choose(
     c = minimize(M, b, given)
     if given[0] is None and c[0] < 0:  # noise: the natural gradient goes downhill
         c = minimize(M, b, [0.0, *given[1:]])
+    caution = judge(float(b[1] - M[1, 1] / 2)) if len(b) > 1 else 1.0
+    if caution < 1 and given[0] is None:
+        c = minimize(M, b, [caution * float(c[0]), *given[1:]])
     return shorten(local, directions, b, M, c if rest is None else rest.within(c), rest)
 
 

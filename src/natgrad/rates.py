@@ -15,6 +15,7 @@ is remembered, so that the next batch can tell how much of it was true.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,11 @@ class Course:
         """Downhill along the natural gradient and, if there was one, the previous step; by parameter name."""
         downhill = {self.names[p]: -d for p, d in self.natural.items()}
         return [downhill, *([self.back] if self.previous else [])]
+
+    @property
+    def shows(self) -> bool:
+        """Whether the previous step is the one that was taken, so that a batch can tell how good that was."""
+        return self.whole and not self.resting
 
     @property
     def back(self) -> dict[str, Tensor]:
@@ -119,7 +125,10 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
     rest = multiplier.undeclared
     if not course.whole:
         rest.forget()
-    c, told = quadratic.choose(multiplier.local, directions, b, given[: len(directions)], rest.along)
+    free = given[0] is None and not given[1]  # with a given momentum a shorter step is none downhill
+    is_witness = course.shows and free and not multiplier.is_repeated
+    judge = partial(trust.judge, promised if is_witness else 0.0)
+    c, told = quadratic.choose(multiplier.local, directions, b, given[: len(directions)], rest.along, judge)
     slope, bend = (own + more for own, more in zip(multiplier.local.parts, rest.parts(c), strict=True))
     _look_back(multiplier, course, told, promised)
     multiplier.promise(course.times * slope, course.times**2 * bend)
@@ -133,7 +142,7 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
             multiplier.forget()
     if given[0] is None:
         trust.chose(float(c[0]))
-    told |= {"confirmed": trust.confirmed, "ease": trust.ease}
+    told |= {"confirmed": trust.confirmed, "ease": trust.ease, "caution": trust.caution}
     return float(c[0]), float(c[1]) if course.previous else 0.0, told
 
 
@@ -159,18 +168,18 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     along, due = Slopes(own, slope, back), pace.due(slope, renewed)
     kept = 1.0
     if due or pace.lags(back):
-        kept, tale = _measured(multiplier, course, pace, along, due)
+        kept, tale = _measured(multiplier, course, along, due, promised)
         # A batch that is asked for its slope is no witness of what others confirm.
         _look_back(multiplier, course, tale, promised if due else 0.0)
         told |= tale
     else:
         multiplier.undeclared.forget()
-    told |= {"confirmed": trust.confirmed, "ease": trust.ease}
+    told |= {"confirmed": trust.confirmed, "ease": trust.ease, "caution": trust.caution}
     if not kept:
         pace.rest()
         multiplier.reject()
         return 0.0, told
-    alpha = kept * along.fresh * pace.rate
+    alpha = kept * along.fresh * pace.rate * trust.caution
     step = course.times * alpha
     bend = step**2 * slope * pace.ratio
     pace.take(kept, -step * slope, -step * own + bend / 2)
@@ -198,16 +207,21 @@ class Slopes(NamedTuple):
         return min(self.own / self.averaged, 1.0)
 
 
-def _measured(multiplier: LossMultiplier, course: Course, pace: Pace, slopes: Slopes, due: bool) -> tuple[float, Told]:
+def _measured(
+    multiplier: LossMultiplier, course: Course, slopes: Slopes, due: bool, promised: float
+) -> tuple[float, Told]:
     """The share of a step that is kept when it is tried, once its rate has been measured, and diagnostics."""
     directions, rest = course.directions(), multiplier.undeclared
+    pace, trust = Pace(multiplier.state), Trust(multiplier.state)
     M = multiplier.local.curvature(directions)
     total = torch.tensor([-slopes.own, slopes.back], dtype=M.dtype)[: len(directions)]
     more = rest.along(multiplier.local, directions, total)
     M = M if more is None else M + more.curvature
+    if course.shows and len(total) > 1:
+        trust.judge(promised, float(total[1] - M[1, 1] / 2))
     pace.measure(slopes.averaged, float(M[0, 0]), due)
     b, c = torch.zeros(2, len(directions), dtype=torch.float64)
-    b[0], b[1:], c[0] = -slopes.fresh * slopes.averaged, slopes.back, slopes.fresh * pace.rate
+    b[0], b[1:], c[0] = -slopes.fresh * slopes.averaged, slopes.back, slopes.fresh * pace.rate * trust.caution
     within = c if more is None else more.within(c)
     tried, told = quadratic.shorten(multiplier.local, directions, b, M, within, more)
     kept = float(tried[0] / c[0])
@@ -220,7 +234,7 @@ def _measured(multiplier: LossMultiplier, course: Course, pace: Pace, slopes: Sl
 
 def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised: float) -> None:
     """What trying a step has shown: of the previous one, and of how many data the model needs."""
-    if course.whole and not course.resting and "previous_change" in told:
+    if course.shows and "previous_change" in told:
         multiplier.confirm(told["previous_change"], promised)
         if Trust(multiplier.state).averages:
             multiplier.look_back(course.back, promised)

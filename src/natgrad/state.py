@@ -27,9 +27,10 @@ OF_ALL = {
     "confirmed": 1,
     "inputs": 1,
     "ease": 5,
+    "caution": 1,
     "more": 1,
     "pace": 5,
-    "progress": 5,
+    "progress": 6,
     "undeclared": 3,
 }
 
@@ -41,7 +42,7 @@ def names(inverse: Sequence[str], sampling: bool) -> list[str]:
         inverse: Of those that its inverse keeps.
         sampling: Whether the noise of the gradient is measured.
     """
-    return ["step", "A", "G", "age", *(["noise"] if sampling else []), *inverse, MOVED]
+    return ["step", "A", "G", "age", "rows", *(["noise"] if sampling else []), *inverse, MOVED]
 
 
 def of_layer(layer: Layer, name: str) -> Tensor:
@@ -52,8 +53,8 @@ def of_layer(layer: Layer, name: str) -> Tensor:
         return torch.full((OF_ALL[name],), torch.nan)
     if name in ("step", MOVED):
         return torch.zeros(())
-    if name in ("age", "spectrum_age"):
-        return torch.full((), torch.nan, dtype=torch.float32 if name == "age" else wide)
+    if name in ("age", "rows", "spectrum_age"):
+        return torch.full((), torch.nan, dtype=wide if name == "spectrum_age" else torch.float32)
     blocks = () if layer.blocks is None else (layer.blocks,)
     (out, width), (g_diagonal, a_diagonal) = layer.shape, layer.diagonal
     shapes = {

@@ -1,11 +1,13 @@
 """Stage 7, between its halves: how far the blocks of curvature can be trusted, as the steps show.
 
-A step is made for one batch, by blocks that know neither each other nor other data. Two numbers tell how good that is:
+A step is made for one batch, by blocks that know neither each other nor other data. Three things tell how good that is:
 
 - **What the next batch confirms**: of the fall of the loss that a step promised on its own batch, the share that the
   next one sees. It is all of it on a full batch and where targets are without noise, and next to nothing where a step
   has only learnt its batch by heart. A quadratic model sees it, looking back; where that sees little and the batch is
   the same one, the loss itself is asked.
+- **Whether the next batch refutes a step**, its loss having risen by more than that step promised to lower its own. A
+  batch that shows few of thousands of classes cannot tell how far to go. Rates become smaller until steps stand.
 - **The rate that the quadratic model chose.** It is one where the blocks are the curvature, and as much smaller as the
   curvature along their direction is larger than they say.
 
@@ -30,6 +32,9 @@ DECAY = 0.8
 FAIR_RATE, FAIR_SHARE, EASIER = 0.1, 0.2, 0.25
 POOR_RATE, POOR_SHARE, HARDER = 0.03, 0.1, 2.0
 LEAST = 0.003
+# Rates fall by the factor BACK where a batch's loss rose by more than the previous step promised that it would fall, or
+# by UNDONE where that step was undone for it, and recover by FORTH at every other; between 1 and SLOWEST.
+BACK, UNDONE, FORTH, SLOWEST = 0.25, 0.0625, 2.0, 1e-4
 LEAST_RATE = 1e-6  # of a step that was not taken
 # Gradients are averaged once less than LITTLE is confirmed, and until more than MUCH is; not at the first steps, which
 # are too long to be foreseen.
@@ -45,8 +50,8 @@ class Trust:
     Args:
         state: Of the first layer's first parameter: ``confirmed``, the running average of the confirmed share;
             ``ease``: what damping is multiplied by, the confirmed share when that was last set, the sum of the
-            logarithms of the rates since, their number, and whether gradients were averaged then; and ``more``: how
-            many times as many data as usual the quadratic model has.
+            logarithms of the rates since, their number, and whether gradients were averaged then; ``more``: how many
+            times as many data as usual the quadratic model has; and ``caution``: what rates are multiplied by.
     """
 
     def __init__(self, state: MutableMapping[str, Any]) -> None:
@@ -94,6 +99,29 @@ class Trust:
         """Fold in the share that the latest batch confirmed."""
         latest = torch.tensor([min(max(share, 0.0), 1.0)])
         self.state["confirmed"] = torch.lerp(latest, self.state.get("confirmed", latest), DECAY)
+
+    @property
+    def caution(self) -> float:
+        """What rates are multiplied by, as steps were too long for the next batch."""
+        return float(self.state["caution"]) if "caution" in self.state else 1.0
+
+    def judge(self, promised: float, change: float) -> float:
+        """Note how a step changed the loss of the next batch, if it promised a fall; ``caution`` from now on."""
+        if promised < 0:
+            self._heed(BACK if change > -promised else FORTH)
+        return self.caution
+
+    def refutes(self, promised: float, change: float) -> bool:
+        """Whether a step is to be undone, as the loss of the next batch rose by more than that promised to fall."""
+        refuted = promised < 0 and change > -promised
+        if refuted:
+            self._heed(UNDONE)
+        return refuted
+
+    def _heed(self, factor: float) -> None:
+        latest = min(max(factor * self.caution, SLOWEST), 1.0)
+        if latest != self.caution:
+            self.state["caution"] = torch.tensor([latest])
 
     def witness(self, share: float) -> None:
         """Forget what was confirmed so far for this share, which is certain."""

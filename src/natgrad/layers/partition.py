@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from natgrad.layers import tied, weight_norm
@@ -32,7 +33,8 @@ class Partition:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:5])
         raise ValueError(
             f"the model has no layer that natgrad can precondition (it knows {registered_names()}). "
-            f"{reasons or 'It has no parameters'}."
+            f"{reasons or 'It has no parameters'}. A layer of your own that computes as one of these can be registered "
+            "(`docs/layers.md`); torch.optim.AdamW trains the model as it is."
         )
 
     def of(self, parameters: Iterable[nn.Parameter]) -> list[Layer]:
@@ -86,6 +88,10 @@ def partition(model: nn.Module) -> Partition:
 
 def _candidates(name: str, module: nn.Module) -> list[Layer] | str:
     """The layers of one module, or why it has none."""
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(
+            f"layer {name!r} does not know its sizes yet: send a batch through the model before natgrad is constructed."
+        )
     kind = registered(module)
     parametrized = parametrize.is_parametrized(module)
     if kind is None:
