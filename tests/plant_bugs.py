@@ -107,7 +107,7 @@ BUGS = {
     "EKFAC's block taken for a product": Bug("inverses.py", "    is_product = False\n", "", "test_polar.py"),
     "rows of a part counted for all": Bug("factors.py", "self.of += moment.rows * weight", "self.of += moment.rows", "test_polar.py"),
     "a refuted step is trusted": Bug("trust.py", "self._heed(BACK if change > -promised else FORTH)", "self._heed(FORTH)", TRUST),
-    "steps that are refuted stay": Bug("multiplier.py", "return is_evident and back > -self.promised", "return False", TRUST),
+    "steps that are refuted stay": Bug("multiplier.py", "return is_evident and back > -self.promised", "return False", MULTIPLIER),
     "rates do not heed what batches refuted": Bug("quadratic.py", "caution < 1 and given[0] is None", "False", TRUST),
     "weights of data not seen": Bug("likelihoods.py", "return weights if counted is None else weights * counted", "return counted", "test_quadratic_change.py test_likelihoods.py"),
     "weights read from targets that are no labels": Bug("likelihoods.py", "if not weights.numel() or not torch.allclose(weights, again, rtol=ALIKE, atol=0.0):", "if not weights.numel():", "test_likelihoods.py"),

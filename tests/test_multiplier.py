@@ -15,7 +15,7 @@ from kfac_cases import assert_same, values
 from kfac_cases import network as with_adamw
 from natgrad.batch import Forward
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson
-from natgrad.multiplier import at_least
+from natgrad.multiplier import LossMultiplier, at_least
 
 pytestmark = pytest.mark.usefixtures("float64")
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -377,3 +377,27 @@ def test_other_data_confirm_what_they_see_of_it() -> None:
         expected += 0.2 * (share - expected)
     assert 0 < expected < 1
     assert confirmed(optimizer) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "repeated", "expected"),
+    [(1e30, False, [False, True]), (1e30, True, [False, False]), (torch.finfo(torch.float32).max, False, [False] * 2)],
+    ids=["another batch", "the same batch", "noise"],
+)
+def test_a_step_is_doubted_where_the_loss_rises_at_its_end(
+    error: float, repeated: bool, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By more than the fall of 1 that it promised; though errors have not grown, as those of labels that are missed."""
+    doubts = []
+
+    def stands(_: natgrad.KFAC, multiplier: LossMultiplier, finite: bool) -> bool:
+        multiplier.state["promise"], multiplier.is_repeated = torch.tensor([-2.0, 2.0, error, 1.0]), repeated
+        doubts.append([multiplier.in_doubt(finite, back) for back in (0.9, 1.1)])
+        return True
+
+    monkeypatch.setattr(natgrad.KFAC, "_stands", stands)
+    optimizer = natgrad.KFAC(network(), "cross_entropy")
+    optimizer.zero_grad()
+    cross_entropy(optimizer.preconditioner.model(random(6, 3)), torch.arange(6) % 2).backward()
+    optimizer.step()
+    assert doubts == [expected]

@@ -38,14 +38,14 @@ def test_the_sheets_of_the_cost_models() -> None:
 def test_cost_is_measured_once(tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "WIDTHS", (4, 9))
     monkeypatch.setattr(cost, "BASE_BATCH", 20)
-    models.overhead(tmp_path, ("width",), ("adamw", "kfac"), 2, console)
+    models.overhead(tmp_path, ("width",), ("adamw", "kfac"), 3, console)
     found = [json.loads(line) for line in (tmp_path / cost.FILE).read_text().splitlines()]
     assert [(r["value"], r["contestant"]) for r in found] == [(w, c) for w in (4, 9) for c in ("sgd", "adamw", "kfac")]
     kfac = [r for r in found if r["contestant"] == "kfac"]
     assert all(r["state"] >= r["estimate"] > 0 for r in kfac)
     assert (tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(cost, "measure", lambda *arguments: pytest.fail("measured again"))
-    models.overhead(tmp_path, ("width",), ("kfac",), 2, console)
+    models.overhead(tmp_path, ("width",), ("kfac",), 3, console)
 
 
 def test_the_periods_reach_natgrad() -> None:
