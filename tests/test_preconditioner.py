@@ -120,6 +120,29 @@ def test_a_model_without_a_supported_layer_is_refused(model: nn.Module, text: st
         natgrad.Preconditioner(model, "mse")
 
 
+@pytest.mark.parametrize("kind", [natgrad.Preconditioner, natgrad.KFAC])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: network().parameters(), "must be the model itself.*not a generator.*pass them as `params=`"),
+        (lambda: list(network().parameters()), "must be the model itself.*not a list"),
+        (torch.jit.ScriptModule, "was scripted or traced.*the module that it was made from"),
+    ],
+    ids=["parameters", "list", "scripted"],
+)
+def test_what_is_no_model_or_hides_its_layers_is_refused(kind: Any, make: Callable[[], Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        kind(make(), loss="mse")
+
+
+def test_a_layer_that_does_not_know_its_sizes_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LazyLinear(4))
+    with pytest.raises(ValueError, match="layer '1' does not know its sizes yet: send a batch through the model"):
+        natgrad.Preconditioner(model, "mse")
+    model(torch.randn(2, 3))
+    assert len(natgrad.Preconditioner(model, "mse").layers) == 2
+
+
 def test_step_before_backward() -> None:
     training = Training()
     training.model(batch(0)[0])
