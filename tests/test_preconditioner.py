@@ -143,6 +143,20 @@ def test_a_layer_that_does_not_know_its_sizes_is_refused() -> None:
     assert len(natgrad.Preconditioner(model, "mse").layers) == 2
 
 
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_sparse_gradients_of_others_are_looked_at_too(spoilt: bool) -> None:
+    """An embedding that makes them has no block; torch cannot take their extremes."""
+    model = nn.Sequential(nn.Embedding(9, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2))
+    preconditioner = natgrad.Preconditioner(model, "mse")
+    mse_loss(model(torch.arange(8).reshape(4, 2)), torch.randn(4, 2)).backward()
+    gradient = model[0].weight.grad
+    assert gradient is not None
+    assert gradient.is_sparse
+    if spoilt:
+        model[0].weight.grad = gradient * torch.nan
+    assert preconditioner.step() is not spoilt
+
+
 def test_step_before_backward() -> None:
     training = Training()
     training.model(batch(0)[0])
