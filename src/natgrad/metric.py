@@ -135,7 +135,7 @@ class Metric:
             if V is not None:
                 held, state = self.world.holds(layer.name), states[layer.name]
                 solution = self.inverse.solve(state, V) if held else torch.empty_like(V)
-                if held and shares and self.inverse.is_product and polar.pays(float(state["rows"]), V):
+                if held and shares and self.inverse.is_product and polar.pays(float(state.get("rows", 0)), V):
                     share = noise.mean([state["noise"]] if "noise" in state else shares)
                     solution = polar.orthogonalize(V, solution, noise_left(share))
                 solutions[layer.name] = solution
