@@ -57,10 +57,9 @@ def orthogonalize(V: Tensor, natural: Tensor, noise: float) -> Tensor:
     left = V.shape[-2] <= V.shape[-1]
     gram = natural @ V.mT if left else V.mT @ natural
     traces = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     total = traces.sum()
-    shift = (NOISE * noise + LEAST) * total / (traces.numel() * len(identity)) + torch.finfo(gram.dtype).tiny
-    root = inverse_root(gram + shift * identity, traces + shift)
+    shift = (NOISE * noise + LEAST) * total / (traces.numel() * gram.shape[-1]) + torch.finfo(gram.dtype).tiny
+    root = inverse_root(_shift(gram.clone(), shift), traces + shift)
     evened = root @ natural if left else natural @ root
     length = torch.sum((gram @ root).mT * root)  # tr of its own square in the metric
     return evened * (total / length.clamp(min=torch.finfo(gram.dtype).tiny)).sqrt()
@@ -74,9 +73,21 @@ def inverse_root(matrix: Tensor, bound: Tensor) -> Tensor:
         bound: Of its eigenvalues, (…).
     """
     bound = bound[..., None, None]
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    rest, root = matrix / bound, identity.expand_as(matrix)  # M · root² / bound → I
-    for scale in SCALES:
-        step = (1.5 * identity - 0.5 * scale * rest) * scale**0.5
-        root, rest = root @ step, rest @ step @ step
+    rest = matrix / bound  # times root², which is to become I
+    step = root = _step(rest, SCALES[0])
+    for scale in SCALES[1:]:
+        rest = rest @ step @ step
+        step = _step(rest, scale)
+        root = root @ step
     return root * bound.rsqrt()
+
+
+def _step(rest: Tensor, scale: float) -> Tensor:
+    """√scale (3/2 I − scale/2 M)."""
+    return _shift(rest * (-0.5 * scale**1.5), 1.5 * scale**0.5)
+
+
+def _shift(matrix: Tensor, by: Tensor | float) -> Tensor:
+    """Add a multiple of I in place."""
+    matrix.diagonal(dim1=-2, dim2=-1).add_(by)
+    return matrix
