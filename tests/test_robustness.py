@@ -32,7 +32,8 @@ def small_run(task: str, setting: Setting, seed: int = 0) -> Run:
 
 
 def assert_learns(result: Run, share: float, wrong: int = 0) -> None:
-    """All the way down; one step may go wrong while the scale of a squared error is found out, and is undone.
+    """All the way down; a step may go wrong while the scale of a squared error is found out, or as a batch shows too
+    little of the data, and is undone.
 
     Args:
         result: Of a run.
@@ -41,7 +42,7 @@ def assert_learns(result: Run, share: float, wrong: int = 0) -> None:
     """
     assert result.learnt < share, result
     assert result.skipped == 0
-    assert result.undone <= 1
+    assert result.undone <= 3
     rises = [i for i, loss in enumerate(result.losses) if not loss < 1.3 * result.losses[0]]
     assert len(rises) <= result.undone + wrong, result.losses
 
