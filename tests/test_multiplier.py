@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -392,7 +393,7 @@ def test_a_step_is_doubted_where_the_loss_rises_at_its_end(
 
     def stands(_: natgrad.KFAC, multiplier: LossMultiplier, finite: bool) -> bool:
         multiplier.state["promise"], multiplier.is_repeated = torch.tensor([-2.0, 2.0, error, 1.0]), repeated
-        doubts.append([multiplier.in_doubt(finite, back) for back in (0.9, 1.1)])
+        doubts.append([multiplier.in_doubt(finite, partial(torch.tensor, back)) for back in (0.9, 1.1)])
         return True
 
     monkeypatch.setattr(natgrad.KFAC, "_stands", stands)

@@ -30,8 +30,6 @@ class Inverse(ABC):
 
     names: tuple[str, ...]
     """Of the tensors that ``factorize`` returns."""
-    is_product = True
-    """Whether it is a Kronecker product where nothing is added to the block itself."""
 
     @abstractmethod
     def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
@@ -119,7 +117,6 @@ class EkfacInverse(BasisInverse):
     """
 
     names = ("spectrum", "spectrum_age", "shift", "A_basis", "G_basis")
-    is_product = False
 
     def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
         """Bases, eigenvalues and what is added to them."""

@@ -133,14 +133,19 @@ class Metric:
         for layer in self.layers:
             V = matrix(layer)
             if V is not None:
-                held, state = self.world.holds(layer.name), states[layer.name]
-                solution = self.inverse.solve(state, V) if held else torch.empty_like(V)
-                if held and shares and self.inverse.is_product and polar.pays(float(state.get("rows", 0)), V):
-                    share = noise.mean([state["noise"]] if "noise" in state else shares)
-                    solution = polar.orthogonalize(V, solution, noise_left(share))
-                solutions[layer.name] = solution
+                held = self.world.holds(layer.name)
+                solutions[layer.name] = self._solve(states[layer.name], V, shares) if held else torch.empty_like(V)
         exchange.share_solutions(solutions, self.world)
         return solutions
+
+    def _solve(self, state: dict[str, Any], V: Tensor, shares: list[Tensor]) -> Tensor:
+        """The natural gradient of one layer; evened out, if it is of averages whose shares of noise are known."""
+        natural = self.inverse.solve(state, V)
+        is_product = "spectrum" not in self.inverse.names
+        if not (shares and is_product and polar.pays(float(state.get("rows", 0)), V)):
+            return natural
+        share = noise.mean([state["noise"]] if "noise" in state else shares)
+        return polar.orthogonalize(V, natural, noise_left(share))
 
     def _agree(self, states: States) -> set[str]:
         """Who have an inverse on every rank that holds it."""

@@ -194,13 +194,11 @@ class LossMultiplier:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
         if evaluate:
-            inputs, seen = (
-                torch.tensor(self.ranks.mean([self.forward.fingerprint()]).tolist()),
-                self.state.get("inputs"),
-            )
+            inputs = torch.tensor(self.ranks.mean([self.forward.fingerprint()]).tolist())
+            seen = self.state.get("inputs")
             self.state["inputs"], self.is_repeated = inputs, seen is not None and torch.equal(seen, inputs)
 
-    def in_doubt(self, finite: bool, back: float) -> bool:
+    def in_doubt(self, finite: bool, back: Callable[[], Tensor]) -> bool:
         """Whether to look back at the previous step.
 
         That is where no output is finite after it, where the error grew, or where the loss rises at its end more than
@@ -208,7 +206,7 @@ class LossMultiplier:
 
         Args:
             finite: Whether everything of the current pass is.
-            back: Product of the previous step with the gradient at its end.
+            back: Computes the product of the previous step with the gradient at its end.
         """
         error = self._promise[2]
         if error < 0:
@@ -221,7 +219,7 @@ class LossMultiplier:
             return True
         # On its own batch a step was tried before it was taken.
         is_evident = error < torch.finfo(torch.float32).max and not self.is_repeated
-        return is_evident and back > -self.promised
+        return is_evident and float(self.ranks.mean(back())) > -self.promised
 
     def accepts(self, step: dict[str, Tensor]) -> bool:
         """Whether the previous step was not much too long, seen on fresh data; s is corrected where it may be wrong.

@@ -11,7 +11,7 @@ AdamW, in groups of their own (:mod:`natgrad.groups`).
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -189,13 +189,13 @@ class KFAC(torch.optim.Optimizer):
 
     def _stands(self, multiplier: LossMultiplier, finite: bool) -> bool:
         """Whether the previous step is left as it was; where new data show that it went much too far, it is undone."""
-        step = {p: whole(self.state[p]["velocity"]) for p in self._names if "velocity" in self.state[p]}
-        if not self.automatic_lr or not step:
+        # It may be on several ranks, so that it is looked at only where it is asked for.
+        step = cache(lambda: {p: whole(self.state[p]["velocity"]) for p in self._names if "velocity" in self.state[p]})
+        if not self.automatic_lr or not multiplier.in_doubt(finite, lambda: dot(step(), self.preconditioner.gradient)):
             return True
-        back = float(multiplier.ranks.mean(dot(step, self.preconditioner.gradient).cpu()))
-        if not multiplier.in_doubt(finite, back) or multiplier.accepts({self._names[p]: v for p, v in step.items()}):
+        if not step() or multiplier.accepts({self._names[p]: v for p, v in step().items()}):
             return True
-        for parameter, velocity in step.items():
+        for parameter, velocity in step().items():
             parameter.sub_(like(velocity.to(parameter.dtype), parameter))
             del self.state[parameter]["velocity"]
         multiplier.forget()

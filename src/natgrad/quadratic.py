@@ -319,7 +319,7 @@ def choose(
     c = minimize(M, b, given)
     if given[0] is None and c[0] < 0:  # noise: the natural gradient goes downhill
         c = minimize(M, b, [0.0, *given[1:]])
-    caution = judge(float(b[1] - M[1, 1] / 2)) if len(b) > 1 else 1.0
+    caution = judge(looking_back(b, M)) if len(b) > 1 else 1.0
     if caution < 1 and given[0] is None:
         c = minimize(M, b, [caution * float(c[0]), *given[1:]])
     return shorten(local, directions, b, M, c if rest is None else rest.within(c), rest)
@@ -346,7 +346,6 @@ def shorten(
     Returns:
         As ``choose``.
     """
-    looking_back = {"previous_change": float(b[1] - M[1, 1] / 2)} if len(directions) > 1 else {}
     for halvings in range(HALVINGS + 1):
         step = combine(directions, c)
         kl = 0.5 * c @ M @ c
@@ -356,12 +355,17 @@ def shorten(
             "actual_change": actual,
             "kl": float(kl),
             "halvings": float(halvings),
-            **looking_back,
+            **({"previous_change": looking_back(b, M)} if len(directions) > 1 else {}),
         }
         if actual <= SUFFICIENT * min(predicted, 0.0):
             return c, diagnostics
         c = c / 2
     return torch.zeros_like(c), diagnostics
+
+
+def looking_back(b: Tensor, M: Tensor) -> float:
+    """Change of the loss over the previous step, the second direction, by the model at its end."""
+    return float(b[1] - M[1, 1] / 2)
 
 
 def combine(directions: Sequence[dict[str, Tensor]], c: Tensor) -> dict[str, Tensor]:

@@ -218,7 +218,7 @@ def _measured(
     more = rest.along(multiplier.local, directions, total)
     M = M if more is None else M + more.curvature
     if course.shows and len(total) > 1:
-        trust.judge(promised, float(total[1] - M[1, 1] / 2))
+        trust.judge(promised, quadratic.looking_back(total, M))
     pace.measure(slopes.averaged, float(M[0, 0]), due)
     b, c = torch.zeros(2, len(directions), dtype=torch.float64)
     b[0], b[1:], c[0] = -slopes.fresh * slopes.averaged, slopes.back, slopes.fresh * pace.rate * trust.caution

@@ -108,12 +108,12 @@ class Trust:
     def judge(self, promised: float, change: float) -> float:
         """Note how a step changed the loss of the next batch, if it promised a fall; ``caution`` from now on."""
         if promised < 0:
-            self._heed(BACK if change > -promised else FORTH)
+            self._heed(BACK if _refuted(promised, change) else FORTH)
         return self.caution
 
     def refutes(self, promised: float, change: float) -> bool:
         """Whether a step is to be undone, as the loss of the next batch rose by more than that promised to fall."""
-        refuted = promised < 0 and change > -promised
+        refuted = _refuted(promised, change)
         if refuted:
             self._heed(UNDONE)
         return refuted
@@ -155,3 +155,8 @@ class Trust:
     def _ease(self) -> list[float]:
         kept: list[float] = self.state["ease"].tolist() if "ease" in self.state else [1.0, 0.0, 0.0, 0.0, 0.0]
         return kept
+
+
+def _refuted(promised: float, change: float) -> bool:
+    """Whether a loss rose by more than another was promised to fall."""
+    return change > -promised > 0
