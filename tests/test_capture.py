@@ -124,7 +124,7 @@ def test_passes_that_wait_for_one_backward_pass_count_together() -> None:
 
 def test_while_disabled_forwards_are_counted_and_statistics_are_not_gathered() -> None:
     preconditioner = natgrad.Preconditioner(network(), "mse")
-    preconditioner.capture.enabled = False
+    preconditioner.capture.due = set()
     preconditioner.model(torch.randn(5, 3))
     batch = preconditioner.capture.batch
     assert (batch.forwards, batch.data, batch.terms, batch.statistics) == (1, 5, 10, {})

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases import dense_block, every_sharing
-from natgrad.factors import Statistics, determines, join, resolve_sharing, update_average
+from natgrad import factors
+from natgrad.factors import Statistics, automatic_decay, join, resolve_sharing, share_known, update_average
 from natgrad.layers.moments import SMALL, moment
 from oracle import relative_error
 
@@ -61,9 +62,18 @@ def test_average_keeps_its_dtype_and_leaves_what_it_was_given_alone() -> None:
     assert torch.equal(A, random(2, 2, seed=1))
 
 
-@pytest.mark.parametrize(("rows", "enough"), [(99, False), (100, True), (1, False), (10_000, True)])
-def test_a_row_for_each_dimension_determines_a_factor(rows: int, enough: bool) -> None:
-    assert determines(rows, 100) is enough
+@pytest.mark.parametrize(("rows", "share"), [(99, 0.99), (100, 1.0), (1, 0.01), (10_000, 1.0)])
+def test_a_row_for_each_dimension_determines_a_factor(rows: int, share: float) -> None:
+    assert share_known(rows, 100) == share
+    assert (automatic_decay(share, averages=False) == 0) is (share == 1)
+
+
+@hypothesis.given(share=st.floats(1e-4, 1))
+def test_factors_of_few_rows_remember_as_many_as_others_where_gradients_are_averaged(share: float) -> None:
+    """In updates 1 / (1 − decay), of so many rows each. Catches decays that forget what batches of eight tell."""
+    assert share / (1 - automatic_decay(share, averages=True)) == pytest.approx(1 / (1 - factors.AVERAGED_DECAY))
+    assert automatic_decay(share / 2, averages=False) >= factors.LONG_DECAY
+    assert automatic_decay(1e-3, averages=False) == pytest.approx(automatic_decay(1e-3, averages=True))
 
 
 # Sums over rows.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.schedule import LONGEST, SHARE, Period, interval, starts, turn
+from natgrad.schedule import LONGEST, OFTEN, SHARE, Period, due, interval, starts, turn
 
 periods = st.one_of(st.just("auto"), st.integers(1, 20))
 
@@ -39,6 +39,27 @@ def test_every_layer_has_one_turn_in_an_interval(period: Period, step: int, cost
     first, length = interval(step, period)
     turns = [name for at in range(first, first + length) for name in turn(at, period, costs)]
     assert sorted(turns) == sorted(costs)
+
+
+@given(periods, st.integers(0, 400), st.dictionaries(st.text(max_size=3), st.floats(0, 1), max_size=8))
+def test_all_are_due_at_the_start_of_an_interval_and_then_those_of_few_rows(
+    period: Period, step: int, shares: dict[str, float]
+) -> None:
+    """Catches periods that the user gave and that are not kept, and layers that gather without need."""
+    chosen = due(step, period, shares)
+    if starts(step, period):
+        assert chosen == shares.keys()
+    else:
+        assert all(shares[name] < 1 for name in chosen)
+        assert not (chosen and period != "auto")
+
+
+@pytest.mark.parametrize(("share", "times"), [(1.0, 1), (0.5, 2), (0.25, 4), (1 / 8, 8), (0.01, 8)])
+def test_in_the_end_as_many_rows_come_together_as_one_batch_of_enough_has(share: float, times: int) -> None:
+    """Up to every second step: catches a layer whose factors starve."""
+    first, length = interval(10_000, "auto")
+    turns = [step for step in range(first, first + length) if due(step, "auto", {"a": share})]
+    assert times - 1 <= len(turns) - (first % max(OFTEN, int(share * LONGEST)) != 0) <= times
 
 
 def test_turns_spread_the_cost() -> None:

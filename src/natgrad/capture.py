@@ -40,9 +40,9 @@ from natgrad.vectors import vectors
 class Capture:
     """Hooks on ``model`` that fill a :class:`Batch`.
 
-    While ``enabled`` is False the forwards are counted, and no statistics are gathered. Where ``bases`` knows a basis
-    for a layer, the squares of the data's gradients in it are gathered as well. Where no gradient of ``parameters`` is
-    left, as after an overflow that a gradient scaler saw, the statistics that came with it are thrown away, too.
+    Statistics are gathered of the layers that ``due`` names, and the noise of gradients where ``whole`` says that these
+    are all. Where ``bases`` knows a basis for a layer, squares of the data's gradients in it are gathered, too. Where
+    no gradient of ``parameters`` is left, as after an overflow that a gradient scaler saw, all of it is thrown away.
 
     A model that is copied or pickled takes its hooks along, and they stay idle there: ``settings`` and ``attach`` make
     them work for whoever was copied with it.
@@ -77,7 +77,7 @@ class Capture:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.view, self.seed = batch_fraction, View(output, loss), seed
         self.world, self.sampling = world or World(), False  # whether gradients of the user's loss are kept as well
-        self.attached = self.enabled = True
+        self.attached = self.whole = True
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
         self._hears = False  # whether a gradient of the user's loss has ever arrived
         self.step = self._forward_seed = 0
@@ -94,7 +94,7 @@ class Capture:
 
     def watch(self, layers: list[Layer], sharing: dict[str, Sharing]) -> None:
         """Watch those of ``layers`` that ``sharing`` names, and no others."""
-        self.sharing = sharing
+        self.sharing, self.due = sharing, set(sharing)
         self.parameters = [p for layer in layers if layer.name in sharing for p in layer.parameters]
         self.close()
         self.attached = True
@@ -147,7 +147,7 @@ class Capture:
         """Whether layers should report their calls: the model is running, with gradients, and statistics are due."""
         if torch.compiler.is_compiling():
             return False
-        return self._calls is not None and self.enabled and torch.is_grad_enabled()
+        return self._calls is not None and bool(self.due) and torch.is_grad_enabled()
 
     def take(self) -> Batch:
         """Hand over what was captured and start anew.
@@ -191,7 +191,7 @@ class Capture:
         self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
     ) -> None:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
-        if self._calls is None or not z.requires_grad or layer.owner.name not in self.sharing:
+        if self._calls is None or not z.requires_grad or layer.owner.name not in self.due:
             return
         data, upscale = self._choose(layer, z)
         call = Call(layer, layer.owner, x[data], get_gradient_edge(z), data, upscale, blocks)
@@ -272,7 +272,7 @@ class Capture:
                     self.batch.sums(first).add_inputs(moment, first.blocks, first.upscale)
                 if self.fisher in ("mc", "exact"):
                     self._backpropagate(part)
-            if self.sampling:
+            if self.sampling and self.whole:
                 for use in forward.uses:
                     if use[0].rows in (forward.data, *forward.lengths):
                         self.batch.sample(use, self.world.size)

@@ -20,9 +20,10 @@ from torch import Tensor
 from natgrad.layers import Moment, Sharing
 
 # So many rows for each of its dimensions determine a factor well enough, damped as it will be; fewer are averaged over
-# steps, with the decay that kfac-jax uses.
+# steps, with the decay that kfac-jax uses, or a longer one where they are very few.
 ROWS_PER_DIMENSION, LONG_DECAY = 1, 0.95
-# Where gradients are averaged over batches, so are factors, however many rows they have.
+# Where gradients are averaged over batches, so are factors, however many rows they have; and over as many more updates
+# as these have fewer rows than determine them.
 AVERAGED_DECAY = 0.8
 # With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time, and those of a whole batch even
 # some generalization (`docs/decisions.md`).
@@ -138,13 +139,25 @@ def _trace(F: Tensor) -> Tensor:
     return F.sum() if F.shape[-1] == 1 else F.diagonal(dim1=-2, dim2=-1).sum()
 
 
-def determines(rows: int, dimension: int) -> bool:
-    """Whether a batch of so many rows determines factors of at most ``dimension`` by itself.
+def share_known(rows: float, dimension: int) -> float:
+    """Which part of the rows that determine factors of at most ``dimension`` a batch of so many has; 1 if all."""
+    return min(1.0, float(rows) / (ROWS_PER_DIMENSION * dimension))
 
-    Then no running average is needed: factors move fast early in training, and a stale one costs more than a noisy one
-    as soon as the noise is bearable. ``docs/decisions.md`` has the measurements.
+
+def automatic_decay(share: float, averages: bool) -> float:
+    """Of the running average of factors for which a batch has a ``share`` of the rows that determine them.
+
+    Where it has all, no average is needed: factors move fast early in training, and a stale one costs more than a noisy
+    one as soon as the noise is bearable. ``docs/decisions.md`` has the measurements.
+
+    Args:
+        share: As of :func:`share_known`.
+        averages: Whether gradients are averaged over batches.
     """
-    return rows >= ROWS_PER_DIMENSION * dimension
+    if share == 1 and not averages:
+        return 0.0
+    decay = AVERAGED_DECAY + (1 - AVERAGED_DECAY) * (1 - share)
+    return decay if averages else max(decay, LONG_DECAY)
 
 
 def share_needed(rows: int, dimension: int) -> float:

@@ -23,7 +23,7 @@ from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture
 from natgrad.clipping import Gradient, clip_scale
 from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, reshard, whole
-from natgrad.factors import AVERAGED_DECAY, LONG_DECAY, determines, resolve_sharing, update_average
+from natgrad.factors import automatic_decay, resolve_sharing, share_known, update_average
 from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
 from natgrad.losses import Declared, resolve
@@ -60,9 +60,9 @@ class Preconditioner:
             ``inverse_period=1`` it is ``"eigen"``. A datum is an entry of the first dimension that the layer sees. An
             embedding that shares its weight with a linear layer keeps the eigenvalues of ``"eigen"``.
         factor_decay: Weight ρ of the running average of the factors; 0 uses the current batch alone, as ``"auto"`` does
-            for a layer to which the batch gives a row for each dimension; with fewer it means 0.95.
+            for a layer to which the batch gives a row for each dimension; with fewer it means 0.95 or more.
         curvature_period: Steps between updates of the factors. ``"auto"``: 1 at first, then an eighth of the steps
-            taken, at most 16; always 1 with ``inverse="ekfac"``.
+            taken, at most 16, or down to 2 for a layer with fewer rows; always 1 with ``inverse="ekfac"``.
         inverse_period: Steps between updates of the inverses. ``"auto"``: the same, in the end one layer after another.
         batch_fraction: Share of the data whose rows enter the factors; ``"auto"`` takes all of a small batch and, of a
             large one, a row for each dimension of the larger factor but no fewer than 512, drawn anew at each step.
@@ -147,7 +147,7 @@ class Preconditioner:
 
         def bases(layer: Layer) -> Bases | None:
             owner = me()
-            return None if owner is None else owner._bases(layer)
+            return None if owner is None else owner.metric.bases(layer, owner._state(layer), owner.steps)
 
         self.capture.bases = bases if "spectrum" in self.metric.inverse.names else None
         weakref.finalize(self, self.capture.close).atexit = False
@@ -252,7 +252,8 @@ class Preconditioner:
         if self.multiplier is not None:
             batch.multiplier, batch.scaler = self.multiplier.at_output, self.multiplier.scaler
         self.batch = batch
-        batch.check(self.layers, self.states(), self.steps, self.gradient)
+        if self.capture.whole:
+            batch.check(self.layers, self.states(), self.steps, self.gradient)
         self.averages = self.may_average and Trust(self._state(self.layers[0])).averages
         self.metric.restore(self.states(), self.steps - 1)
         for layer in self.layers:
@@ -267,8 +268,14 @@ class Preconditioner:
             state["step"] = state.get("step", torch.zeros(())) + 1
             if "A" in state:
                 state[states.MOVED] = torch.tensor(float(layer.name in self.metric.moved))
-        self.capture.step = self.steps
-        self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
+        self._look_out()
+
+    def _look_out(self) -> None:
+        """Settle what the next batch is to tell."""
+        self.capture.step, self.capture.whole = self.steps, schedule.starts(self.steps, self.curvature_period)
+        known = {layer: self._state(layer).get("rows", torch.inf) for layer in self.layers}
+        shares = {layer.name: share_known(rows, layer.dense_dimension) for layer, rows in known.items()}
+        self.capture.due = schedule.due(self.steps, self.curvature_period, shares)
 
     @torch.no_grad()
     def directions(self, gradient: Gradient | None = None) -> dict[nn.Parameter, Tensor]:
@@ -363,14 +370,10 @@ class Preconditioner:
         """Let the capture go on from the step that the state is at."""
         self.metric.forget(self.states())
         self.capture.drop()
-        self.capture.step = self.steps
-        self.capture.enabled = schedule.starts(self.steps, self.curvature_period)
+        self._look_out()
 
     def _state(self, layer: Layer) -> dict[str, Any]:
         return self.state[layer.parameters[0]]
-
-    def _bases(self, layer: Layer) -> Bases | None:
-        return self.metric.bases(layer, self._state(layer), self.steps)
 
     def _multiplier(self, batch: Batch) -> LossMultiplier | None:
         """For what a batch tells about the number that multiplies the loss; None without a loss or a backward pass."""
@@ -384,17 +387,13 @@ class Preconditioner:
         return LossMultiplier(state, local, forward, likelihood, batch.terms, ranks)
 
     def _update_factors(self, layer: Layer, batch: Batch) -> None:
-        factors = batch.factors(layer)
-        if factors is None:
+        if (factors := batch.factors(layer)) is None:
             return
-        state = self._state(layer)
-        decay = self.factor_decay
+        state, decay = self._state(layer), self.factor_decay
         if decay == "auto":
-            determined = determines(batch.rows(layer.name), max(layer.shape))
-            decay = AVERAGED_DECAY if self.averages else 0.0 if determined else LONG_DECAY
+            decay = automatic_decay(share_known(batch.rows(layer.name), max(layer.shape)), self.averages)
         update_average(state, {"A": factors[0], "G": factors[1]}, decay)
         state["rows"] = torch.tensor(batch.all_rows(layer.name), dtype=torch.float32)
         self.metric.moved.add(layer.name)
-        spectrum = batch.spectrum(layer)
-        if spectrum is not None:
+        if (spectrum := batch.spectrum(layer)) is not None:
             update_average(state, {"spectrum": spectrum}, decay, "spectrum_age")

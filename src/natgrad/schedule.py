@@ -4,6 +4,8 @@ Training is divided into intervals. At the first step of each the factors are up
 automatic interval grows with the steps that went before it: curvature that took a hundred steps to become what it is
 will not be another after ten more. Once it has its full length the inverses are refreshed one after the other, so that
 no step is much slower than the others; earlier, inverses of different ages went together badly (`docs/decisions.md`).
+Within intervals more is gathered for factors of which batches have too few rows, as eight of them every sixteen steps
+tell next to nothing about hundreds of dimensions.
 """
 
 from collections.abc import Mapping
@@ -12,6 +14,8 @@ from typing import Literal
 Period = int | Literal["auto"]
 # An automatic interval is this share of the steps before it, and at most so many steps.
 SHARE, LONGEST = 1 / 8, 16
+# Between the intervals, factors for which batches have too few rows get some every so many steps, but no more often.
+OFTEN = 2
 
 
 def interval(step: int, period: Period) -> tuple[int, int]:
@@ -28,6 +32,21 @@ def interval(step: int, period: Period) -> tuple[int, int]:
 def starts(step: int, period: Period) -> bool:
     """Whether an interval starts at a step."""
     return interval(step, period)[0] == step
+
+
+def due(step: int, period: Period, shares: Mapping[str, float]) -> set[str]:
+    """Whose factors are updated at a step: all where an interval starts, and on the way those that have too few rows.
+
+    In the end as many rows come together in an interval as where one batch has enough.
+
+    Args:
+        step: Counted from zero.
+        period: Length of the intervals.
+        shares: By name, which part of the rows that determine a factor a batch has.
+    """
+    if period != "auto" or starts(step, period):
+        return set(shares) if starts(step, period) else set()
+    return {name for name, share in shares.items() if share < 1 and step % max(OFTEN, int(share * LONGEST)) == 0}
 
 
 def turn(step: int, period: Period, costs: Mapping[str, float]) -> set[str]:

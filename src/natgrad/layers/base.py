@@ -168,6 +168,11 @@ class Layer(ABC):
         return out > MAX_DENSE, width > MAX_DENSE
 
     @property
+    def dense_dimension(self) -> int:
+        """Size of the larger factor that is kept as a matrix; 1 if none is."""
+        return max([1, *(size for size, diagonal in zip(self.shape, self.diagonal, strict=True) if not diagonal)])
+
+    @property
     def inversion_cost(self) -> int:
         """Of both factors, up to a constant: the sum of their cubed sizes."""
         return (self.blocks or 1) * sum(1 if self.diagonal[side] else self.shape[side] ** 3 for side in (0, 1))
