@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gaussian_nll_loss
+from torch.nn.functional import cross_entropy, gaussian_nll_loss, kl_div, smooth_l1_loss
 
 import natgrad
 from cases import TOLERANCE, assert_blocks, dense_block
@@ -377,12 +377,14 @@ def test_monte_carlo_has_the_weights_too(name: str) -> None:
         (nn.KLDivLoss(), ValueError, "reduce with 'batchmean'"),
         (nn.SoftMarginLoss(), ValueError, "natgrad knows MSELoss, Cross.*pass a `natgrad.likelihoods.Likelihood`"),
         (nn.BCELoss(), ValueError, "that returns probabilities return the logits, for BCEWithLogitsLoss. For another"),
-        ("hinge", ValueError, "is not known: use one of 'mse', 'cross_entropy', 'bce_with_logits'"),
+        ("hinge", ValueError, "is not known: use one of 'mse', 'cross_entropy', 'bce_with_logits', or"),
+        (smooth_l1_loss, TypeError, "pass an instance of `nn.SmoothL1Loss`, and call that in the loop"),
+        (kl_div, TypeError, "pass an instance of `nn.KLDivLoss`"),
         (cross_entropy, TypeError, 'does not compute it: pass `"cross_entropy"`'),
         (nn.MSELoss, TypeError, r"does not compute it: pass an instance, `MSELoss\(\)`"),
         (torch.sigmoid, TypeError, "must be a name, a torch loss module or a"),
     ],
-    ids=["no reduction", "divergence", "margin", "probabilities", "name", "its function", "its class", "function"],
+    ids=lambda told: getattr(told, "__name__", str(told)) if callable(told) or isinstance(told, str) else None,
 )
 def test_losses_that_are_refused(told: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):

@@ -109,7 +109,8 @@ def resolve(loss: Declared) -> Loss:
         return Loss(loss)
     if isinstance(loss, str):
         if loss not in _BY_NAME:
-            raise ValueError(f"`loss={loss!r}` is not known: use one of {', '.join(map(repr, _BY_NAME))}.")
+            names = ", ".join(map(repr, _BY_NAME))
+            raise ValueError(f"`loss={loss!r}` is not known: use one of {names}, or a torch loss module.")
         likelihood, function = _BY_NAME[loss]
         return Loss(likelihood(), function)
     if isinstance(loss, nn.Module):
@@ -130,8 +131,10 @@ def _meant(loss: object) -> str | None:
     """What to pass for a function or a class that is the loss of a name or of a module."""
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         return f"an instance, `{loss.__name__}()`"
-    names = (name for name, (_, function) in _BY_NAME.items() if function is loss)
-    return next((f'`"{name}"`' for name in names), None)
+    names = [f'`"{name}"`' for name, (_, function) in _BY_NAME.items() if function is loss]
+    called = getattr(loss, "__name__", "").replace("_", "").removesuffix("loss")
+    modules = [kind.__name__ for kind in _MODULES if kind.__name__.lower().removesuffix("loss") == called]
+    return next(iter(names + [f"an instance of `nn.{module}`, and call that in the loop" for module in modules]), None)
 
 
 def _of_several(losses: Mapping[Any, Weighted]) -> Loss:
