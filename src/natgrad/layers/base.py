@@ -29,8 +29,9 @@ from natgrad.distributed import is_fsdp
 from natgrad.layers.moments import Moment, Sharing, moment
 from natgrad.layers.spectrum import Bases, squared_gradients, squared_length
 
-# A factor of more dimensions than this is kept as a diagonal: a dense one of 8,192 takes 256 MB and a second to invert.
-MAX_DENSE = 8192
+# A factor of more dimensions than this is kept as a diagonal: on one core a dense one of 5,000, of a vocabulary, makes
+# steps ten times as long and no better (`docs/decisions.md`).
+MAX_DENSE = 4096
 
 
 class Recorder(Protocol):
