@@ -346,7 +346,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every entry is finite, with a single synchronization; both extremes are NaN where an entry is."""
     dense = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
     extremes = [extreme for t in dense if t.numel() for extreme in torch.aminmax(t)]
-    return bool(torch.stack([extreme.isfinite() for extreme in extremes]).all())
+    return bool(torch.stack(extremes).isfinite().all())
 
 
 def is_there(gradient: Tensor | None) -> bool:

@@ -52,6 +52,8 @@ def streams_left_alone(model: nn.Module) -> Iterator[None]:
 
 def _accelerators(model: nn.Module) -> list[torch.device]:
     """Those that a model is on and that have a random stream of their own."""
+    if not torch.cuda.is_initialized():
+        return []
     here = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
     return sorted(here, key=str)
 

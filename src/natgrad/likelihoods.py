@@ -221,11 +221,10 @@ def _weights_of_labels(output: Tensor, gradient: Tensor) -> Tensor | None:
     missing, p = -torch.expm1(log_p[:, :1]), log_p[:, 1:].exp()
     # Where a label is met to many digits, these tell no weight.
     clear = (least < 0) & (missing > 0.01) & (p > 0)
-    weights, again = (-least / missing)[clear], (most / p)[clear]
-    if not weights.numel() or not torch.allclose(weights, again, rtol=ALIKE, atol=0.0):
+    weights = (-least / missing)[clear]
+    if not weights.numel() or torch.allclose(weights, middle := weights.median(), rtol=ALIKE, atol=0.0):
         return None
-    middle = weights.median()
-    if torch.allclose(weights, middle, rtol=ALIKE, atol=0.0):
+    if not torch.allclose(weights, (most / p)[clear], rtol=ALIKE, atol=0.0):
         return None
     return torch.ones_like(missing).masked_scatter_(clear, weights / middle)
 
