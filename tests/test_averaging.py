@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from natgrad import averaging
 from natgrad.averaging import (
+    ANEW,
     DECAY,
     EVERY,
     GAIN,
@@ -19,6 +20,7 @@ from natgrad.averaging import (
     WINDOW,
     Averages,
     Pace,
+    Progress,
     noise_left,
 )
 
@@ -156,8 +158,20 @@ def test_after_a_step_that_was_not_taken_the_rate_is_another_averages() -> None:
     one = pace({})
     one.rest()
     assert one.due(1e-9, renewed=False)
-    one.measure(2.0, 2e-3)
-    assert one.rate == pytest.approx(1e3)
+    one.measure(2.0, 0.2)
+    assert one.rate == pytest.approx(10.0)
+
+
+def test_an_average_that_starts_anew_is_not_followed_to_infinity() -> None:
+    """A batch that is learnt, or surely wrong, shows no curvature: a rate of 1e-4 became 4e4, and the loss 4e19."""
+    state: dict[str, Tensor] = {}
+    one = pace(state)
+    one.rest()
+    for number in range(4 * SHORTEST_WINDOW):  # windows end, and nothing is measured
+        state["step"] = torch.tensor(100.0 + number)
+        one.note(1.0, 0.0)
+    one.measure(2.0, 0.0)
+    assert one.rate <= one.factor * RISE * ANEW / 4
 
 
 def test_a_step_that_had_to_be_halved_halves_the_rate() -> None:
@@ -174,7 +188,7 @@ def progress(errors: list[float], slope: float = 0.0, step: float = 0.0, factor:
     """What steps are multiplied by after so many batches; each step is to have had the slope −1 at its start."""
     state: dict[str, Tensor] = {}
     one = pace(state)
-    state["progress"] = torch.tensor([0.0, 0.0, 0.0, 0.0, factor, 0.0])
+    state["progress"] = torch.tensor(Progress(factor=factor))
     for number, error in enumerate(errors):
         state["step"] = torch.tensor(step + number)
         one.note(error, slope)
@@ -205,11 +219,45 @@ def test_steps_become_longer_where_slopes_persist() -> None:
     assert progress(window * 2, 1.0) == pytest.approx(SHRINK)  # the loss rises where a step ends
 
 
+@pytest.mark.parametrize(("slope", "expected"), [(-0.02, 1.0), (0.02, SHRINK)])
+def test_an_error_that_tells_nothing_is_no_reason_for_shorter_steps(slope: float, expected: float) -> None:
+    """That of absolute errors is a constant. Catches steps of a hundredth where the loss falls as before."""
+    assert progress([1.0] * 4 * SHORTEST_WINDOW, slope) == pytest.approx(expected**3)
+
+
+def test_slopes_that_noise_explains_are_no_evidence() -> None:
+    """One large slope downhill among others; the rate may rise no more either, after such a window."""
+    window = Progress(before=1.0)
+    for number in range(SHORTEST_WINDOW):
+        window = window.note(1.0, -1.0 if number == 0 else 0.1, -1.0)
+    after = window.next(pace=2.0)
+    assert (after.factor, after.least) == (SHRINK, 2.0)
+    for _ in range(SHORTEST_WINDOW):
+        after = after.note(1.0, -0.01, -1.0)
+    again = after.next(pace=2.0)
+    assert (again.factor, again.least) == (SHRINK, 2.0 / RISE)
+    assert again[:3] == (0.0, 0.0, 0.0)
+    assert again[6:] == (0.0, 0.0)
+
+
+def test_entries_that_are_next_to_nothing_become_nothing() -> None:
+    """Those of a unit that died halve every seven steps: catches arithmetic on denormal numbers, ten times as slow."""
+    averages, parameter = averages_of(torch.float32)
+    gradient = torch.tensor([1.0, 0.0], dtype=torch.float32)
+    averages.take({parameter: torch.ones_like(gradient)}.get)
+    for step in range(1, 1000):
+        averages.state[parameter]["step"] = torch.tensor(float(step))
+        averages.take({parameter: gradient}.get)
+        second = averages.state[parameter]["average"][1]
+        assert second == 0 or second > torch.finfo(torch.float32).tiny
+    assert second == 0
+
+
 def test_a_single_batch_counts_for_no_more_than_the_whole_slope() -> None:
     """Catches a window decided by one batch of which the direction knew nothing."""
     state: dict[str, Tensor] = {}
     one = pace(state)
-    state["progress"] = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5, 0.0])
+    state["progress"] = torch.tensor(Progress(factor=0.5))
     for number in range(SHORTEST_WINDOW):
         state["step"] = torch.tensor(float(number))
         one.note(1.0, 0.0 if number else -1e6)

@@ -24,25 +24,29 @@ Measured in ``docs/decisions.md``.
 
 import math
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.distributed import like, whole
+from natgrad.factors import flush
 from natgrad.layers import at_least_float32
 
 # β, of the running average.
 DECAY = 0.9
 # Steps between two measurements of the pace at most, and how much longer Δ may become until the next.
 EVERY, LONGER = 8, 2.0
-# A rate becomes no more times larger in a window, and no larger at all after one whose error did not fall.
-RISE = 2.0
+# A rate becomes no more times larger in a window, and no larger at all after one whose error did not fall; by ANEW more
+# along an average that starts anew.
+RISE, ANEW = 2.0, 100.0
 # A window is this share of the steps before it, and no fewer than so many steps.
 WINDOW, SHORTEST_WINDOW = 0.25, 8
-# Error must fall by this share from one window to the next, or f by SHRINK; f grows where more than PERSISTENT of the
-# slope persists on average.
-GAIN, SHRINK, PERSISTENT = 0.002, 0.7, 0.3
+# Error must fall by this share from one window to the next, or f by SHRINK, unless the loss still falls where steps end
+# by CERTAIN standard deviations; f grows where more than PERSISTENT of the slope persists on average.
+GAIN, SHRINK, CERTAIN, PERSISTENT = 0.002, 0.7, 1.0, 0.3
+# So often entries that are next to nothing are set to it: before the next time they do not become much less.
+FLUSHED = 64
 # No pace is below this, as where the outputs do not change.
 TINY = 1e-6
 
@@ -74,12 +78,14 @@ class Averages:
 
     def take(self, gradient: Callable[[nn.Parameter], Tensor | None]) -> dict[nn.Parameter, Tensor]:
         """Put the latest gradients in; u of every parameter that has one."""
-        ahead = {}
+        ahead, flushed = {}, float(self.state[self.parameters[0]].get("step", 0.0)) % FLUSHED == 0
         for parameter in self.parameters:
             latest = gradient(parameter)
             if latest is not None:
                 latest = at_least_float32(latest)
                 average = whole(self._average(parameter)).lerp_(latest, 1 - DECAY)
+                if flushed:
+                    flush(average)
                 ahead[parameter] = torch.lerp(average, latest, 1 - DECAY)
                 self.state[parameter]["average"] = like(average, parameter)
         return ahead
@@ -107,15 +113,67 @@ class Averages:
         return average
 
 
+class Progress(NamedTuple):
+    """What the current window has shown.
+
+    Attributes:
+        steps: Their number so far.
+        errors: Their sum.
+        persisted: Sum of the slopes at the end of steps, each over that at its start.
+        before: The mean error of the window before; 0 if there was none.
+        factor: f.
+        least: The least pace in the window.
+        slopes: Sum of the slopes of the loss at the end of steps.
+        squares: Sum of their squares.
+    """
+
+    steps: float = 0.0
+    errors: float = 0.0
+    persisted: float = 0.0
+    before: float = 0.0
+    factor: float = 1.0
+    least: float = 0.0
+    slopes: float = 0.0
+    squares: float = 0.0
+
+    def note(self, error: float, slope: float, expected: float) -> "Progress":
+        """With a batch more.
+
+        Args:
+            error: Mean squared gradient at the output.
+            slope: Of the loss along the latest step, at its end.
+            expected: At its start; 0 if there was none.
+        """
+        persists = min(max(slope / expected, -1.0), 1.0) if expected else 0.0
+        return self._replace(
+            steps=self.steps + 1,
+            errors=self.errors + error,
+            persisted=self.persisted + persists,
+            slopes=self.slopes + slope,
+            squares=self.squares + slope**2,
+        )
+
+    def next(self, pace: float) -> "Progress":
+        """The window after this one, which is over."""
+        error = self.errors / self.steps
+        falls = self.slopes < -CERTAIN * math.sqrt(self.squares)
+        gains = not self.before or error <= (1 - GAIN) * self.before or falls
+        factor = self.factor
+        if self.persisted > PERSISTENT * self.steps:
+            factor = min(factor / SHRINK, 1.0)
+        elif not gains:
+            factor *= SHRINK
+        least = (pace / RISE if gains else pace) or self.least  # none is known while no step is taken
+        return Progress(before=error, factor=factor, least=least)
+
+
 class Pace:
     """What is known of the rate along averaged gradients; kept as tensors in a mapping.
 
     Args:
         state: Of the first layer's first parameter: ``pace``, the inverse of the rate for f = 1, the number of steps
             since that was due, uᵀΔ at that time, and of the latest step its slope −α uᵀΔ and the change of the loss
-            that it promised on its own batch; ``progress``, of the current window the number of steps, the sums of
-            errors and of slopes that persisted, the mean error of the window before (0 if there was none), f, and the
-            least pace in the window.
+            that it promised on its own batch; and ``progress``, a :class:`Progress`.
     """
 
     def __init__(self, state: State) -> None:
@@ -129,7 +187,7 @@ class Pace:
     @property
     def factor(self) -> float:
         """f."""
-        return self._progress[4]
+        return self._progress.factor
 
     @property
     def known(self) -> bool:
@@ -164,9 +222,10 @@ class Pace:
         """Set the pace by uᵀΔ and ΔᵀFΔ, at a time when that was due or at another."""
         latest = max(curvature, TINY * slope) / slope
         if before := self._pace[0] if self.known else 0.0:
-            latest = max(latest, math.sqrt(latest * before), self._progress[5])
+            latest = max(latest, math.sqrt(latest * before), self._progress.least)
         else:
-            self._set("progress", [*self._progress[:5], latest / RISE])
+            latest = max(latest, self._progress.least / ANEW)
+            self._set("progress", self._progress._replace(least=latest / RISE))
         # Due: one step before the present one.
         self._set("pace", [latest, -1.0 if due else self._pace[1], slope, *self._pace[3:]])
 
@@ -193,19 +252,10 @@ class Pace:
             error: Mean squared gradient at the output.
             slope: Of the loss along the latest step, by the gradient of this batch.
         """
-        count, errors, persisted, before, factor, least = self._progress
-        expected = self._pace[3]
-        persists = min(max(slope / expected, -1.0), 1.0) if expected else 0.0
-        count, errors, persisted = count + 1, errors + error, persisted + persists
-        if count >= max(SHORTEST_WINDOW, WINDOW * (float(self.state["step"]) - count)):
-            gains = not before or errors / count <= (1 - GAIN) * before
-            least = self._pace[0] / RISE if gains else self._pace[0]
-            if persisted > PERSISTENT * count:
-                factor = min(factor / SHRINK, 1.0)
-            elif not gains:
-                factor *= SHRINK
-            count, errors, persisted, before = 0.0, 0.0, 0.0, errors / count
-        self._set("progress", [count, errors, persisted, before, factor, least])
+        latest = self._progress.note(error, slope, self._pace[3])
+        if latest.steps >= max(SHORTEST_WINDOW, WINDOW * (float(self.state["step"]) - latest.steps)):
+            latest = latest.next(self._pace[0])
+        self._set("progress", latest)
 
     def forget(self) -> None:
         """Gradients are not averaged any more."""
@@ -217,12 +267,12 @@ class Pace:
         return self._get("pace", [1.0, 0.0, 0.0, 0.0, 0.0])
 
     @property
-    def _progress(self) -> list[float]:
-        return self._get("progress", [0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    def _progress(self) -> Progress:
+        return Progress(*self._get("progress", []))
 
     def _get(self, name: str, unknown: list[float]) -> list[float]:
         kept: list[float] = self.state[name].tolist() if name in self.state else unknown
         return kept
 
-    def _set(self, name: str, values: list[float]) -> None:
+    def _set(self, name: str, values: Sequence[float]) -> None:
         self.state[name] = torch.tensor(values)

@@ -17,6 +17,7 @@ from natgrad.averaging import noise_left
 from natgrad.batch import Batch
 from natgrad.damping import DampingRule
 from natgrad.distributed import World
+from natgrad.factors import flush
 from natgrad.inverses import Inverse
 from natgrad.layers import Bases, Layer
 from natgrad.schedule import Period
@@ -179,6 +180,8 @@ class Metric:
         pooled = noise.ratio([state["noise"] for state in filled if "noise" in state])
         for layer in layers:
             state = states[layer.name]
+            flush(state["A"])
+            flush(state["G"])
             own = noise.ratio([state["noise"]]) if "noise" in state else pooled
             evidence = dampings.Evidence(own, curvature, trust.settled_share, trust.ease, trust.settled_average)
             damping = self.rule(state["A"], state["G"], evidence)

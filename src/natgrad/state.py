@@ -30,7 +30,7 @@ OF_ALL = {
     "caution": 1,
     "more": 1,
     "pace": 5,
-    "progress": 6,
+    "progress": 8,
     "undeclared": 3,
 }
 
