@@ -2,9 +2,10 @@
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
 from natgrad.schedule import LONGEST, OFTEN, starts
@@ -67,3 +68,22 @@ def test_batches_of_eight_are_enough() -> None:
         train(optimizer, x[some], y[some])
     with torch.no_grad():
         assert cross_entropy(model(x[900:]), y[900:]) < 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 4, 10])
+def test_a_step_that_learnt_few_data_by_heart_tells_no_multiplier(seed: int) -> None:
+    """On the next ones the loss rises, as if the loop multiplied it by 4 to 6, which was believed."""
+    torch.manual_seed(seed)
+    layers = [part for width in (20, 96, 96, 96, 96) for part in (nn.Linear(width, 96), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(96, 1))
+    teacher = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 1))
+    with torch.no_grad():
+        torch._foreach_mul_(list(teacher.parameters()), 2)
+    optimizer = natgrad.KFAC(model, "mse")
+    for _ in range(20):
+        x = torch.randn(16, 20)
+        y = teacher(x).detach() + 0.1 * torch.randn(16, 1)
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.diagnostics()["loss_multiplier"] == 1

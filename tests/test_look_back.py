@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrizations import weight_norm
 
 import natgrad
 from natgrad.batch import Forward
-from natgrad.trust import Trust
+from natgrad.trust import UNDONE, Trust
 
 
 def forward(*args: Any, **kwargs: Any) -> Forward:
@@ -46,7 +47,7 @@ class Heat(nn.Module):
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         inner = weight_norm(nn.Linear(16, 16))
         self.u = nn.Sequential(weight_norm(nn.Linear(2, 16)), nn.Tanh(), inner, nn.Tanh(), nn.Linear(16, 1))
         self.dropout = nn.Dropout(dropout)
@@ -96,3 +97,50 @@ def test_what_was_seen_in_fact_replaces_what_was_guessed() -> None:
     assert Trust(state).confirmed == pytest.approx(0.9)
     Trust(state).witness(1.7)
     assert Trust(state).confirmed == 1.0
+
+
+class Branched(nn.Module):
+    """A network with a branch that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.branch, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.uses_branch = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return self.last(h + self.branch(h) if self.uses_branch else h)
+
+
+def test_a_layer_that_is_not_used_any_more_is_no_reason_not_to_look_back() -> None:
+    """Its step is none. Catches a dead expert with which nothing was ever confirmed, and no gradient averaged."""
+    torch.manual_seed(0)
+    model = Branched()
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    for step in range(24):
+        model.uses_branch = step < 6
+        optimizer.zero_grad()
+        cross_entropy(model(torch.randn(32, 6)), torch.randint(3, (32,))).backward()
+        optimizer.step()
+    told = optimizer.diagnostics()
+    assert told["averaging"] == 1
+    assert 0 < told["confirmed"] < 0.5
+    velocities = [optimizer.state[layer.weight].get("velocity") for layer in (model.branch, model.last)]
+    assert velocities[0] is None or not velocities[0].any()
+    assert velocities[1] is not None
+    assert velocities[1].any()
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.5}, {}])
+def test_rates_recover_where_nobody_looks_back(options: dict[str, Any]) -> None:
+    """With a given momentum, or on the same batch: catches rates that stay at a sixteenth once a step was undone."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3), torch.randn(64, 6), torch.randint(3, (64,))
+    optimizer = natgrad.KFAC(model, "cross_entropy", **options)
+    for step in range(8):
+        if step == 2:
+            optimizer.state[model.weight]["caution"] = torch.tensor([UNDONE])
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.diagnostics()["caution"] == 1

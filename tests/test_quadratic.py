@@ -186,6 +186,20 @@ def test_a_step_that_achieves_too_little_is_halved() -> None:
     assert diagnostics == {"predicted_change": -3.5, "actual_change": -0.5, "kl": 0.5, "halvings": 2.0}
 
 
+def test_what_is_shown_by_a_step_before_holds_for_the_first_one_after_it() -> None:
+    """Catches a step that was undone and is taken once more, at its full length."""
+    asked = []
+    c, _ = choose(
+        Slope(torch.eye(1), [-9.0]),
+        DIRECTIONS[:1],
+        torch.tensor([-4.0]),
+        [None],
+        judge=lambda x: asked.append(x) or 0.25,
+    )
+    assert c.tolist() == [1.0]
+    assert asked == [0.0]
+
+
 def test_no_step_is_taken_where_none_lowers_the_loss() -> None:
     c, diagnostics = choose(Slope(torch.eye(1), [5.0]), DIRECTIONS[:1], torch.tensor([-4.0]), [None])
     assert c.tolist() == [0.0]

@@ -127,12 +127,17 @@ def test_linear_regression_eases_its_damping(share: float, eased: bool) -> None:
 
 @pytest.mark.parametrize(
     ("promised", "change", "factor"),
-    [(-1.0, 1.1, trust.BACK), (-1.0, 0.9, trust.FORTH), (-1.0, -5.0, trust.FORTH), (0.0, 9.0, 1.0)],
+    [
+        (-1.0, 1.1 * trust.REFUTED, trust.BACK),
+        (-1.0, 0.9 * trust.REFUTED, trust.FORTH),
+        (-1.0, -5.0, trust.FORTH),
+        (0.0, 9.0, 1.0),
+    ],
 )
 def test_rates_become_smaller_where_a_batch_refutes_what_was_promised(
     promised: float, change: float, factor: float
 ) -> None:
-    """By its loss rising more than the step promised to lower its own; a step that promised nothing shows nothing."""
+    """By its loss rising more than half of what was promised; a step that promised nothing shows nothing."""
     kept = Trust({"caution": torch.tensor([0.25])})
     assert kept.judge(promised, change) == kept.caution == 0.25 * factor
     assert Trust({}).judge(-1.0, -1.0) == 1.0
@@ -140,9 +145,9 @@ def test_rates_become_smaller_where_a_batch_refutes_what_was_promised(
 
 def test_a_step_that_is_undone_makes_rates_smaller_still_and_there_is_a_least() -> None:
     state: dict[str, Tensor] = {}
-    assert not Trust(state).refutes(-1.0, 0.9)
+    assert not Trust(state).refutes(-1.0, 0.9 * trust.REFUTED)
     assert not state
-    assert Trust(state).refutes(-1.0, 1.1)
+    assert Trust(state).refutes(-1.0, 1.1 * trust.REFUTED)
     assert Trust(state).caution == trust.UNDONE
     for _ in range(10):
         Trust(state).refutes(-1.0, 1.1)

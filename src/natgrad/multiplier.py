@@ -108,6 +108,7 @@ class LossMultiplier:
         likelihood: Of the declared loss.
         terms: What the declared loss's reduction divides by.
         ranks: Of a data-parallel run.
+        noise: Tells the share of noise in the gradient that the previous step was made of.
 
     Attributes:
         is_repeated: Whether the batch is that of the pass before, as far as its inputs tell.
@@ -123,8 +124,9 @@ class LossMultiplier:
         likelihood: Likelihood,
         terms: float,
         ranks: Ranks | None = None,
+        noise: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self.state, self._local, self.ranks = state, local, ranks or Ranks()
+        self.state, self._local, self.ranks, self._noise = state, local, ranks or Ranks(), noise
         self.forward, self.likelihood, self.terms = forward, likelihood, terms
 
     @cached_property
@@ -240,10 +242,13 @@ class LossMultiplier:
         back, fresh_bend = self.local.parts
         if self._is_trusted:
             return not Trust(self.state).refutes(self.promised, -(back + fresh_bend / 2))
-        rise = -back - slope
-        low, high = sorted(rise / max(b, torch.finfo(torch.float32).tiny) for b in (bend, fresh_bend))
+        # By the slope that its own batch saw at its start: so much of that is noise, and was never there on other data.
+        noise = 0.0 if self.is_repeated else self._noise()
+        most, least = -back - slope, -back - (1 - noise) * slope
+        tiny = torch.finfo(torch.float32).tiny
+        low, high = least / max(bend, fresh_bend, tiny), most / max(min(bend, fresh_bend), tiny)
         factor = 1.0
-        if low > SUSPECT and rise > abs(slope):
+        if low > SUSPECT and least > abs(slope):
             factor = low
         elif high < 1 / SUSPECT and bend > abs(slope) / 2:  # and not just cut short by the check
             factor = max(high, SHRINK)

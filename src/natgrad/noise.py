@@ -9,7 +9,7 @@ The share of noise in the total is averaged over steps, as it is noisy where the
 themselves fall by orders of magnitude, and an average of them would be that of the first steps for long.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,6 +93,12 @@ def ratio(shares: Sequence[Tensor]) -> float:
         return 1 / LEAST_SIGNAL
     share = mean(shares)
     return share / max(1 - share, LEAST_SIGNAL)
+
+
+def share(states: Iterable[State]) -> float:
+    """Of noise in the latest gradients: the mean over the layers that know theirs; 0 if none does."""
+    shares = [state["noise"] for state in states if "noise" in state]
+    return mean(shares) if shares else 0.0
 
 
 def mean(shares: Sequence[Tensor]) -> float:

@@ -222,12 +222,10 @@ class KFAC(torch.optim.Optimizer):
             natural = {p: direction * shares[p] for p, direction in natural.items()}
             if self.automatic_lr and averaged is None:
                 previous = {p: velocity * shares[p] for p, velocity in previous.items()}
-        resting = any("velocity" in self.state[p] for p in self._names.keys() - natural.keys())
-        is_whole = even or averaged is not None
         times = lr if self.automatic_lr else 1.0
         looks = self.preconditioner.capture.sampling  # so the damping is automatic
         own = self.preconditioner.gradient
-        course = Course(self._names, natural, previous, own, times, is_whole, resting, looks)
+        course = Course(self._names, natural, previous, own, times, even or averaged is not None, looks)
         alpha, mu = self._coefficients(course, averaged, lr)
         self._diagnostics.update(lr=alpha, momentum=mu)
         self._move(natural, previous, shares, alpha, mu)
@@ -249,6 +247,9 @@ class KFAC(torch.optim.Optimizer):
                     velocity.add_(previous[parameter], alpha=mu)
                 self.state[parameter]["velocity"] = like(velocity, parameter)
             parameter.add_(like(velocity.to(parameter.dtype), parameter))
+        for parameter in self._names.keys() - natural.keys() if self._evaluates else ():
+            if "velocity" in self.state[parameter]:  # of a layer that was not used, and so has rested
+                self.state[parameter]["velocity"].zero_()
 
     def _averages(self) -> Averages:
         return Averages(self.state, [p for layer in self.preconditioner.layers for p in layer.parameters])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import damping as dampings
-from natgrad import diagnostics, exchange, schedule
+from natgrad import diagnostics, exchange, noise, schedule
 from natgrad import state as states
 from natgrad.batch import Batch, Fisher, all_finite
 from natgrad.capture import Capture
@@ -384,7 +384,8 @@ class Preconditioner:
         ranks = Ranks(self.world, batch.part, forward.output)
         state, select = self._state(self.layers[0]), self.capture.view
         local = partial(LocalModel, self.model, likelihood, select, forward, batch.terms, ranks)
-        return LossMultiplier(state, local, forward, likelihood, batch.terms, ranks)
+        share = partial(noise.share, self.states().values())
+        return LossMultiplier(state, local, forward, likelihood, batch.terms, ranks, share)
 
     def _update_factors(self, layer: Layer, batch: Batch) -> None:
         if (factors := batch.factors(layer)) is None:

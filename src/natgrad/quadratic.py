@@ -307,8 +307,8 @@ def choose(
         b: Products of the loss's gradient with the directions.
         given: Coefficients that the user chose; None for those that are free.
         find_rest: What of the loss was not declared, once the curvature of what was is known.
-        judge: From the change of the loss by the previous step to what a free coefficient of the natural gradient is
-            multiplied by.
+        judge: From the change of the loss by the previous step, 0 if there was none, to what a free coefficient of the
+            natural gradient is multiplied by.
 
     Returns:
         The coefficients, and diagnostics. All are zero when even the shortest step does not lower the loss.
@@ -319,7 +319,7 @@ def choose(
     c = minimize(M, b, given)
     if given[0] is None and c[0] < 0:  # noise: the natural gradient goes downhill
         c = minimize(M, b, [0.0, *given[1:]])
-    caution = judge(looking_back(b, M)) if len(b) > 1 else 1.0
+    caution = judge(looking_back(b, M) if len(b) > 1 else 0.0)
     if caution < 1 and given[0] is None:
         c = minimize(M, b, [caution * float(c[0]), *given[1:]])
     return shorten(local, directions, b, M, c if rest is None else rest.within(c), rest)

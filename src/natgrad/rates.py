@@ -15,7 +15,6 @@ is remembered, so that the next batch can tell how much of it was true.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,8 +43,7 @@ class Course:
         previous: The previous step, or what the rates of the groups leave of it; empty if there was none.
         gradient: Of the loss on this batch.
         times: What a chosen step is multiplied by before it is taken.
-        whole: Whether ``previous`` is all of the previous step.
-        resting: Whether a layer that is not used now keeps an older step.
+        whole: Whether ``previous`` is the step that was taken, so that a batch can tell how good that was.
         looks: Whether to look for a reason where steps are refused; with a damping that was given, that may be it.
     """
 
@@ -55,18 +53,12 @@ class Course:
     gradient: Gradient
     times: float
     whole: bool
-    resting: bool
     looks: bool
 
     def directions(self) -> list[dict[str, Tensor]]:
         """Downhill along the natural gradient and, if there was one, the previous step; by parameter name."""
         downhill = {self.names[p]: -d for p, d in self.natural.items()}
         return [downhill, *([self.back] if self.previous else [])]
-
-    @property
-    def shows(self) -> bool:
-        """Whether the previous step is the one that was taken, so that a batch can tell how good that was."""
-        return self.whole and not self.resting
 
     @property
     def back(self) -> dict[str, Tensor]:
@@ -126,8 +118,11 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
     if not course.whole:
         rest.forget()
     free = given[0] is None and not given[1]  # with a given momentum a shorter step is none downhill
-    is_witness = course.shows and free and not multiplier.is_repeated
-    judge = partial(trust.judge, promised if is_witness else 0.0)
+    is_witness = course.whole and free and not multiplier.is_repeated
+
+    def judge(change: float) -> float:
+        return trust.judge(promised, change if is_witness else promised)  # what nothing refutes stands
+
     c, told = quadratic.choose(multiplier.local, directions, b, given[: len(directions)], rest.along, judge)
     slope, bend = (own + more for own, more in zip(multiplier.local.parts, rest.parts(c), strict=True))
     _look_back(multiplier, course, told, promised)
@@ -138,8 +133,6 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
             rest.refused(multiplier.of_all, directions, b)
     else:
         rest.took(course.times * c)
-        if course.resting:
-            multiplier.forget()
     if given[0] is None:
         trust.chose(float(c[0]))
     told |= {"confirmed": trust.confirmed, "ease": trust.ease, "caution": trust.caution}
@@ -183,8 +176,7 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     step = course.times * alpha
     bend = step**2 * slope * pace.ratio
     pace.take(kept, -step * slope, -step * own + bend / 2)
-    if not course.resting:
-        multiplier.promise(-step * slope, bend, evident=False)
+    multiplier.promise(-step * slope, bend, evident=False)
     return alpha, told
 
 
@@ -217,7 +209,7 @@ def _measured(
     total = torch.tensor([-slopes.own, slopes.back], dtype=M.dtype)[: len(directions)]
     more = rest.along(multiplier.local, directions, total)
     M = M if more is None else M + more.curvature
-    if course.shows and len(total) > 1:
+    if course.whole and len(total) > 1:
         trust.judge(promised, quadratic.looking_back(total, M))
     pace.measure(slopes.averaged, float(M[0, 0]), due)
     b, c = torch.zeros(2, len(directions), dtype=torch.float64)
@@ -234,7 +226,7 @@ def _measured(
 
 def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised: float) -> None:
     """What trying a step has shown: of the previous one, and of how many data the model needs."""
-    if course.shows and "previous_change" in told:
+    if course.whole and "previous_change" in told:
         multiplier.confirm(told["previous_change"], promised)
         if Trust(multiplier.state).averages:
             multiplier.look_back(course.back, promised)

@@ -6,8 +6,8 @@ A step is made for one batch, by blocks that know neither each other nor other d
   next one sees. It is all of it on a full batch and where targets are without noise, and next to nothing where a step
   has only learnt its batch by heart. A quadratic model sees it, looking back; where that sees little and the batch is
   the same one, the loss itself is asked.
-- **Whether the next batch refutes a step**, its loss having risen by more than that step promised to lower its own. A
-  batch that shows few of thousands of classes cannot tell how far to go. Rates become smaller until steps stand.
+- **Whether the next batch refutes a step**, its loss having risen by more than half of what the step promised to lower
+  its own. A batch that shows few of thousands of classes cannot tell how far to go. Rates are cut until steps stand.
 - **The rate that the quadratic model chose.** It is one where the blocks are the curvature, and as much smaller as the
   curvature along their direction is larger than they say.
 
@@ -32,8 +32,9 @@ DECAY = 0.8
 FAIR_RATE, FAIR_SHARE, EASIER = 0.1, 0.2, 0.25
 POOR_RATE, POOR_SHARE, HARDER = 0.03, 0.1, 2.0
 LEAST = 0.003
-# Rates fall by the factor BACK where a batch's loss rose by more than the previous step promised that it would fall, or
-# by UNDONE where that step was undone for it, and recover by FORTH at every other; between 1 and SLOWEST.
+# A step is refuted by a batch whose loss rose by more than REFUTED of what it promised to lower its own. Rates fall
+# by BACK then, or by UNDONE where the step was undone for it, and recover by FORTH at every other; from 1 to SLOWEST.
+REFUTED = 0.5
 BACK, UNDONE, FORTH, SLOWEST = 0.25, 0.0625, 2.0, 1e-4
 LEAST_RATE = 1e-6  # of a step that was not taken
 # Gradients are averaged once less than LITTLE is confirmed, and until more than MUCH is; not at the first steps, which
@@ -112,7 +113,7 @@ class Trust:
         return self.caution
 
     def refutes(self, promised: float, change: float) -> bool:
-        """Whether a step is to be undone, as the loss of the next batch rose by more than that promised to fall."""
+        """Whether a step is to be undone, as the next batch refutes it."""
         refuted = _refuted(promised, change)
         if refuted:
             self._heed(UNDONE)
@@ -158,5 +159,5 @@ class Trust:
 
 
 def _refuted(promised: float, change: float) -> bool:
-    """Whether a loss rose by more than another was promised to fall."""
-    return change > -promised > 0
+    """Whether the loss of the next batch rose by too much."""
+    return change > -REFUTED * promised > 0
