@@ -118,6 +118,7 @@ BUGS = {
     "the slope of the average for the batch's own": Bug("rates.py", "-step * own + bend / 2", "-step * slope + bend / 2", RATES),
     "a stale average followed all the way": Bug("rates.py", "return min(self.own / self.averaged, 1.0)", "return 1.0", RATES),
     "factors of the latest batch alone": Bug("factors.py", "return decay if averages else", "return 0.0 if averages else", RATES + " test_factors.py"),
+    "nobody looks at the first averages": Bug("rates.py", "evident=pace.is_young", "evident=False", RATES),
     "a new average followed to infinity": Bug("averaging.py", "latest = max(latest, self._progress.least / ANEW)", "pass", AVERAGING),
     "rates of before forgotten by a window without steps": Bug("averaging.py", "(pace / RISE if gains else pace) or self.least", "pace / RISE if gains else pace", AVERAGING),
     "averages that end in denormal numbers": Bug("averaging.py", "                if flushed:\n", "                if False:\n", AVERAGING),

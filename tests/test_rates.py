@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import natgrad
 from kfac_cases import assert_same, values
 from natgrad import rates, trust
-from natgrad.averaging import DECAY, EVERY, Pace
+from natgrad.averaging import DECAY, EVERY, SHORTEST_WINDOW, Pace, Progress
 from natgrad.factors import AVERAGED_DECAY
 from oracle import relative_error
 
@@ -126,6 +126,7 @@ def test_a_batch_that_is_asked_for_its_slope_is_no_witness() -> None:
     for number in range(EVERY + 2):
         if number:
             first["pace"][3] = 1e9  # the slope before the latest step: whatever is left is steeper
+        first["progress"] = torch.tensor(Progress(before=1.0))  # or the step might be refuted
         backward(optimizer, "mse", *next(data))
         confirmed, measured = first["confirmed"].clone(), first["pace"][0].clone() if number else None
         optimizer.step()
@@ -163,6 +164,21 @@ def test_gradients_are_averaged_where_targets_are_noise_and_only_there(kind: str
     assert not any(averaging[: trust.FIRST_STEPS])
     assert averaging[39] == 1
     assert 0 in averaging[40:]
+
+
+def test_steps_along_an_average_of_few_batches_may_be_refuted() -> None:
+    """Until the first window is over. Catches 8,000 words that went from 8.4 to 23 while nobody looked."""
+    optimizer, data = natgrad.KFAC(network(), "mse"), noise("mse", 32)
+    weight, looks = next(optimizer.preconditioner.model.parameters()), []
+    while len(looks) < 2 * SHORTEST_WINDOW:
+        backward(optimizer, "mse", *next(data))
+        optimizer.step()
+        first = optimizer.state[weight]
+        if optimizer.diagnostics()["averaging"] and first["promise"][2] >= 0:
+            looks.append(bool(first["promise"][2] < torch.finfo(torch.float32).max))
+            assert looks[-1] is (first["progress"][3].item() == 0)
+    assert looks[0]
+    assert not looks[-1]
 
 
 def test_factors_are_averaged_with_the_gradients() -> None:

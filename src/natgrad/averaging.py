@@ -195,6 +195,11 @@ class Pace:
         return "pace" in self.state
 
     @property
+    def is_young(self) -> bool:
+        """Whether the first window is not over. The average is of few batches then, and its steps may be refuted."""
+        return not self._progress.before
+
+    @property
     def ratio(self) -> float:
         """ΔᵀFΔ / uᵀΔ."""
         return self._pace[0]

@@ -176,7 +176,7 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     step = course.times * alpha
     bend = step**2 * slope * pace.ratio
     pace.take(kept, -step * slope, -step * own + bend / 2)
-    multiplier.promise(-step * slope, bend, evident=False)
+    multiplier.promise(-step * slope, bend, evident=pace.is_young)
     return alpha, told
 
 
