@@ -116,7 +116,7 @@ def draws() -> tuple[list[Tensor], int]:
     dist.all_gather(own, G)
     loss.backward()
     preconditioner.update()
-    return own, preconditioner.batch.rows("0")
+    return own, preconditioner.batch.rows("0")[0]
 
 
 class Fork(nn.Module):

@@ -113,6 +113,24 @@ class Averages:
         return average
 
 
+class Latest(NamedTuple):
+    """What is known of the rate, and the latest step.
+
+    Attributes:
+        pace: The inverse of the rate for f = 1; 0 where no step was taken.
+        age: The number of steps since measuring it was due.
+        length: uᵀΔ at that time.
+        slope: −α uᵀΔ of the latest step.
+        promised: Change of the loss that this promised on its own batch.
+    """
+
+    pace: float = 1.0
+    age: float = 0.0
+    length: float = 0.0
+    slope: float = 0.0
+    promised: float = 0.0
+
+
 class Progress(NamedTuple):
     """What the current window has shown.
 
@@ -171,9 +189,8 @@ class Pace:
     """What is known of the rate along averaged gradients; kept as tensors in a mapping.
 
     Args:
-        state: Of the first layer's first parameter: ``pace``, the inverse of the rate for f = 1, the number of steps
-            since that was due, uᵀΔ at that time, and of the latest step its slope −α uᵀΔ and the change of the loss
-            that it promised on its own batch; and ``progress``, a :class:`Progress`.
+        state: Of the first layer's first parameter: ``pace``, a :class:`Latest`, and ``progress``, a
+            :class:`Progress`.
     """
 
     def __init__(self, state: State) -> None:
@@ -182,7 +199,7 @@ class Pace:
     @property
     def rate(self) -> float:
         """α, of an average that is not out of date."""
-        return self.factor / self._pace[0]
+        return self.factor / self._latest.pace
 
     @property
     def factor(self) -> float:
@@ -202,12 +219,12 @@ class Pace:
     @property
     def ratio(self) -> float:
         """ΔᵀFΔ / uᵀΔ."""
-        return self._pace[0]
+        return self._latest.pace
 
     @property
     def promised(self) -> float:
         """Change of the loss that the latest step promised on its own batch; 0 if there was none."""
-        return self._pace[4]
+        return self._latest.promised
 
     def due(self, slope: float, renewed: bool) -> bool:
         """Whether to measure.
@@ -216,23 +233,24 @@ class Pace:
             slope: uᵀΔ.
             renewed: Whether the metric is new.
         """
-        _, age, before, _, _ = self._pace
-        return not self.known or renewed or age + 1 >= EVERY or slope > LONGER**2 * before
+        old = self._latest.age + 1 >= EVERY
+        return not self.known or renewed or old or slope > LONGER**2 * self._latest.length
 
     def lags(self, slope: float) -> bool:
         """Whether the loss goes on falling as fast as before the latest step, with so much of a slope along it."""
-        return slope < self._pace[3]
+        return slope < self._latest.slope
 
     def measure(self, slope: float, curvature: float, due: bool = True) -> None:
         """Set the pace by uᵀΔ and ΔᵀFΔ, at a time when that was due or at another."""
         latest = max(curvature, TINY * slope) / slope
-        if before := self._pace[0] if self.known else 0.0:
+        if before := self._latest.pace if self.known else 0.0:
             latest = max(latest, math.sqrt(latest * before), self._progress.least)
         else:
             latest = max(latest, self._progress.least / ANEW)
             self._set("progress", self._progress._replace(least=latest / RISE))
         # Due: one step before the present one.
-        self._set("pace", [latest, -1.0 if due else self._pace[1], slope, *self._pace[3:]])
+        age = -1.0 if due else self._latest.age
+        self._set("pace", self._latest._replace(pace=latest, age=age, length=slope))
 
     def take(self, share: float, slope: float, promised: float) -> None:
         """Remember the step that is taken.
@@ -242,13 +260,13 @@ class Pace:
             slope: Of the loss along it, by the averaged gradient.
             promised: Change of the loss on its own batch.
         """
-        pace, age, before, _, _ = self._pace
-        self._set("pace", [pace / share, age + 1, before, slope, promised])
+        pace, age = self._latest.pace / share, self._latest.age + 1
+        self._set("pace", Latest(pace, age, self._latest.length, slope, promised))
 
     def rest(self) -> None:
         """Remember that no step is taken, and measure anew for the next, whose average starts anew."""
         if self.known:
-            self._set("pace", [0.0] * 5)
+            self._set("pace", Latest(pace=0.0))
 
     def note(self, error: float, slope: float) -> None:
         """Follow the progress, once for each batch.
@@ -257,9 +275,9 @@ class Pace:
             error: Mean squared gradient at the output.
             slope: Of the loss along the latest step, by the gradient of this batch.
         """
-        latest = self._progress.note(error, slope, self._pace[3])
+        latest = self._progress.note(error, slope, self._latest.slope)
         if latest.steps >= max(SHORTEST_WINDOW, WINDOW * (float(self.state["step"]) - latest.steps)):
-            latest = latest.next(self._pace[0])
+            latest = latest.next(self._latest.pace)
         self._set("progress", latest)
 
     def forget(self) -> None:
@@ -268,15 +286,15 @@ class Pace:
             self.state.pop(name, None)
 
     @property
-    def _pace(self) -> list[float]:
-        return self._get("pace", [1.0, 0.0, 0.0, 0.0, 0.0])
+    def _latest(self) -> Latest:
+        return Latest(*self._get("pace"))
 
     @property
     def _progress(self) -> Progress:
-        return Progress(*self._get("progress", []))
+        return Progress(*self._get("progress"))
 
-    def _get(self, name: str, unknown: list[float]) -> list[float]:
-        kept: list[float] = self.state[name].tolist() if name in self.state else unknown
+    def _get(self, name: str) -> list[float]:
+        kept: list[float] = self.state[name].tolist() if name in self.state else []
         return kept
 
     def _set(self, name: str, values: Sequence[float]) -> None:

@@ -227,13 +227,10 @@ class Batch:
         yield from (tensor for statistics in self.statistics.values() for tensor in statistics.tensors())
         yield from self.spectra.values()
 
-    def rows(self, name: str) -> int:
-        """Number of rows in A of the layer called ``name``."""
-        return sum(s.rows for (owner, _), s in self.statistics.items() if owner == name)
-
-    def all_rows(self, name: str) -> float:
-        """Number of rows that those stand for."""
-        return sum(s.of for (owner, _), s in self.statistics.items() if owner == name)
+    def rows(self, name: str) -> tuple[int, float]:
+        """Number of rows in A of the layer called ``name``, and of those that they stand for."""
+        own = [sums for (owner, _), sums in self.statistics.items() if owner == name]
+        return sum(sums.rows for sums in own), sum(sums.of for sums in own)
 
     def sums(self, call: Call) -> Statistics:
         """Those that a call's rows enter."""

@@ -390,11 +390,11 @@ class Preconditioner:
     def _update_factors(self, layer: Layer, batch: Batch) -> None:
         if (factors := batch.factors(layer)) is None:
             return
-        state, decay = self._state(layer), self.factor_decay
+        state, decay, (rows, all_rows) = self._state(layer), self.factor_decay, batch.rows(layer.name)
         if decay == "auto":
-            decay = automatic_decay(share_known(batch.rows(layer.name), max(layer.shape)), self.averages)
+            decay = automatic_decay(share_known(rows, max(layer.shape)), self.averages)
         update_average(state, {"A": factors[0], "G": factors[1]}, decay)
-        state["rows"] = torch.tensor(batch.all_rows(layer.name), dtype=torch.float32)
+        state["rows"] = torch.tensor(all_rows, dtype=torch.float32)
         self.metric.moved.add(layer.name)
         if (spectrum := batch.spectrum(layer)) is not None:
             update_average(state, {"spectrum": spectrum}, decay, "spectrum_age")

@@ -19,7 +19,7 @@ differential equations damping must fall to nothing, while noisy minibatches nee
 
 import math
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,14 +45,31 @@ LITTLE, MUCH, FIRST_STEPS = 0.5, 0.7, 8
 MORE, FEWER = 2.0, 0.95
 
 
+class Ease(NamedTuple):
+    """How much damping was eased, and by what.
+
+    Attributes:
+        factor: What damping is multiplied by.
+        share: The confirmed share when that was last set.
+        logarithms: Sum of the logarithms of the rates since.
+        rates: Their number.
+        averaged: Whether gradients were averaged when it was set.
+    """
+
+    factor: float = 1.0
+    share: float = 0.0
+    logarithms: float = 0.0
+    rates: float = 0.0
+    averaged: float = 0.0
+
+
 class Trust:
     """What the steps so far have shown, kept as tensors in a mapping.
 
     Args:
         state: Of the first layer's first parameter: ``confirmed``, the running average of the confirmed share;
-            ``ease``: what damping is multiplied by, the confirmed share when that was last set, the sum of the
-            logarithms of the rates since, their number, and whether gradients were averaged then; ``more``: how many
-            times as many data as usual the quadratic model has; and ``caution``: what rates are multiplied by.
+            ``ease``, an :class:`Ease`; ``more``, how many times as many data as usual the quadratic model has; and
+            ``caution``, what rates are multiplied by.
     """
 
     def __init__(self, state: MutableMapping[str, Any]) -> None:
@@ -84,17 +101,17 @@ class Trust:
     @property
     def ease(self) -> float:
         """What damping is multiplied by."""
-        return self._ease[0]
+        return self._ease.factor
 
     @property
     def settled_share(self) -> float:
         """The confirmed share that the inverses were made with, which is not the latest in a checkpoint."""
-        return self._ease[1]
+        return self._ease.share
 
     @property
     def settled_average(self) -> bool:
         """Whether gradients were averaged when the inverses were made."""
-        return bool(self._ease[4])
+        return bool(self._ease.averaged)
 
     def confirm(self, share: float) -> None:
         """Fold in the share that the latest batch confirmed."""
@@ -130,9 +147,8 @@ class Trust:
 
     def chose(self, rate: float) -> None:
         """Note the rate that the quadratic model chose."""
-        ease, share, logarithms, count, averaged = self._ease
-        logarithms += math.log(max(rate, LEAST_RATE))
-        self.state["ease"] = torch.tensor([ease, share, logarithms, count + 1, averaged])
+        logarithms = self._ease.logarithms + math.log(max(rate, LEAST_RATE))
+        self.state["ease"] = torch.tensor(self._ease._replace(logarithms=logarithms, rates=self._ease.rates + 1))
 
     def settle(self, averaged: bool) -> None:
         """Before inverses are refreshed: set the ease by the steps since it was last set, if there were any.
@@ -140,22 +156,21 @@ class Trust:
         Args:
             averaged: Whether gradients are averaged now.
         """
-        ease, _, logarithms, count, _ = self._ease
-        share = self.confirmed
-        if not (count or share):
+        before, share = self._ease, self.confirmed
+        if not (before.rates or share):
             return
-        if count:
-            rate = math.exp(logarithms / count)
+        factor = before.factor
+        if before.rates:
+            rate = math.exp(before.logarithms / before.rates)
             if rate > FAIR_RATE and share > FAIR_SHARE:
-                ease = max(ease * EASIER, LEAST)
+                factor = max(factor * EASIER, LEAST)
             elif rate < POOR_RATE or share < POOR_SHARE:
-                ease = min(ease * HARDER, 1.0)
-        self.state["ease"] = torch.tensor([ease, share, 0.0, 0.0, float(averaged)])
+                factor = min(factor * HARDER, 1.0)
+        self.state["ease"] = torch.tensor(Ease(factor, share, averaged=float(averaged)))
 
     @property
-    def _ease(self) -> list[float]:
-        kept: list[float] = self.state["ease"].tolist() if "ease" in self.state else [1.0, 0.0, 0.0, 0.0, 0.0]
-        return kept
+    def _ease(self) -> Ease:
+        return Ease(*self.state["ease"].tolist()) if "ease" in self.state else Ease()
 
 
 def _refuted(promised: float, change: float) -> bool:
