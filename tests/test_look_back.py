@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import natgrad
 from natgrad.batch import Forward
-from natgrad.trust import UNDONE, Trust
+from natgrad.trust import BACK, Trust
 
 
 def forward(*args: Any, **kwargs: Any) -> Forward:
@@ -133,13 +133,13 @@ def test_a_layer_that_is_not_used_any_more_is_no_reason_not_to_look_back() -> No
 
 @pytest.mark.parametrize("options", [{"momentum": 0.5}, {}])
 def test_rates_recover_where_nobody_looks_back(options: dict[str, Any]) -> None:
-    """With a given momentum, or on the same batch: catches rates that stay at a sixteenth once a step was undone."""
+    """With a given momentum, or on the same batch: catches rates that stay at a quarter once a step was undone."""
     torch.manual_seed(0)
     model, x, y = nn.Linear(6, 3), torch.randn(64, 6), torch.randint(3, (64,))
     optimizer = natgrad.KFAC(model, "cross_entropy", **options)
     for step in range(8):
         if step == 2:
-            optimizer.state[model.weight]["caution"] = torch.tensor([UNDONE])
+            optimizer.state[model.weight]["caution"] = torch.tensor([BACK])
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
         optimizer.step()

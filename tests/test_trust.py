@@ -143,12 +143,12 @@ def test_rates_become_smaller_where_a_batch_refutes_what_was_promised(
     assert Trust({}).judge(-1.0, -1.0) == 1.0
 
 
-def test_a_step_that_is_undone_makes_rates_smaller_still_and_there_is_a_least() -> None:
+def test_a_step_that_is_undone_makes_rates_smaller_and_there_is_a_least() -> None:
     state: dict[str, Tensor] = {}
     assert not Trust(state).refutes(-1.0, 0.9 * trust.REFUTED)
     assert not state
     assert Trust(state).refutes(-1.0, 1.1 * trust.REFUTED)
-    assert Trust(state).caution == trust.UNDONE
+    assert Trust(state).caution == trust.BACK
     for _ in range(10):
         Trust(state).refutes(-1.0, 1.1)
     assert Trust(state).caution == pytest.approx(trust.SLOWEST)

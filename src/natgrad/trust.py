@@ -32,10 +32,9 @@ DECAY = 0.8
 FAIR_RATE, FAIR_SHARE, EASIER = 0.1, 0.2, 0.25
 POOR_RATE, POOR_SHARE, HARDER = 0.03, 0.1, 2.0
 LEAST = 0.003
-# A step is refuted by a batch whose loss rose by more than REFUTED of what it promised to lower its own. Rates fall
-# by BACK then, or by UNDONE where the step was undone for it, and recover by FORTH at every other; from 1 to SLOWEST.
-REFUTED = 0.5
-BACK, UNDONE, FORTH, SLOWEST = 0.25, 0.0625, 2.0, 1e-4
+# A step is refuted by a batch whose loss rose by more than REFUTED of what it promised to lower its own. Rates fall by
+# BACK then, and recover by FORTH at every other; between 1 and SLOWEST.
+REFUTED, BACK, FORTH, SLOWEST = 0.5, 0.25, 2.0, 1e-4
 LEAST_RATE = 1e-6  # of a step that was not taken
 # Gradients are averaged once less than LITTLE is confirmed, and until more than MUCH is; not at the first steps, which
 # are too long to be foreseen.
@@ -133,7 +132,7 @@ class Trust:
         """Whether a step is to be undone, as the next batch refutes it."""
         refuted = _refuted(promised, change)
         if refuted:
-            self._heed(UNDONE)
+            self._heed(BACK)
         return refuted
 
     def _heed(self, factor: float) -> None:
