@@ -10,14 +10,15 @@ The exact quadratic model of the loss still tells the rate, α = f · uᵀΔ / �
 gᵀΔ. The inverse of this ratio, the *pace*, hardly changes from one average to the next. So it is measured only now and
 then: when inverses are new, when Δ has become much longer in its own metric, when the loss goes on falling along the
 latest step as fast as at its start, and otherwise at every eighth step. Rates fall at once and rise slowly: a batch
-that is learnt by heart shows next to no curvature. So they rise only where error has fallen, and once a window.
+that is learnt by heart shows next to no curvature. So they rise only in windows with progress, and once in each.
 
 Where gᵀΔ < uᵀΔ the average is out of date: the step is shortened as much, and where gᵀΔ < 0 the average starts anew.
 
-The factor f is 1 until the error of new batches stops falling; noise then makes steps undo each other, and they become
-shorter. Where the slope along a step is still mostly there when it has been taken, they become longer again. The error
-is the squared gradient at the output, and is compared over windows that grow with the number of steps, so that f
-cannot fall faster than a power of it.
+The factor f is 1 until there is no more progress; noise then makes steps undo each other, and they become shorter.
+Where the slope along a step is still mostly there when it has been taken, they become longer again. Progress is an
+error of new batches that falls, the squared gradient at the output, or a loss that still falls where steps end: that
+of absolute errors, learnt variances and moving targets does not show in the error. Both are looked at over windows that
+grow with the number of steps, so that f cannot fall faster than a power of it.
 
 Measured in ``docs/decisions.md``.
 """
@@ -37,8 +38,8 @@ from natgrad.layers import at_least_float32
 DECAY = 0.9
 # Steps between two measurements of the pace at most, and how much longer Δ may become until the next.
 EVERY, LONGER = 8, 2.0
-# A rate becomes no more times larger in a window, and no larger at all after one whose error did not fall; by ANEW more
-# along an average that starts anew.
+# A rate becomes no more times larger in a window, and no larger at all after one without progress; by ANEW more along
+# an average that starts anew.
 RISE, ANEW = 2.0, 100.0
 # A window is this share of the steps before it, and no fewer than so many steps.
 WINDOW, SHORTEST_WINDOW = 0.25, 8

@@ -12,7 +12,8 @@ at the output, g_f, which natgrad sees. Three things tell S s:
 
       s = (g_f(θ) · h − g_f(θ − v) · h) / Σ 2 R KL,    h = f(θ) − f(θ − v)
 
-  holds whatever the network does in between. A step s ≫ 1 times too long is taken back, once it is seen to be.
+  holds whatever the network does in between. The first slope was seen by the step's own batch alone, of which the share
+  of noise is taken off. A step s ≫ 1 times too long is taken back, once it is seen to be.
 
 S alone is a ratio: gᵀd, of the parameters' gradient, is what g_f · (J d) would be without it.
 """
