@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
+from natgrad.layers import recurrent
 from natgrad.schedule import LONGEST, OFTEN, starts
 
 
@@ -87,3 +88,30 @@ def test_a_step_that_learnt_few_data_by_heart_tells_no_multiplier(seed: int) -> 
         mse_loss(model(x), y).backward()
         optimizer.step()
     assert optimizer.diagnostics()["loss_multiplier"] == 1
+
+
+class Reader(nn.Module):
+    """A recurrent network that tells a label at the end: as many rows as steps for it, one a datum for its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.GRU(4, 12, batch_first=True), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0][:, -1])
+
+
+def test_modules_whose_layers_are_not_due_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a recurrence that runs step by step in the open for the sake of a layer after it."""
+    optimizer, steps = natgrad.KFAC(Reader(), "cross_entropy"), []
+    monkeypatch.setattr(recurrent, "step", lambda *args, run=recurrent.step: steps.append(1) or run(*args))
+    capture, x, y = optimizer.preconditioner.capture, torch.randn(8, 6, 4), torch.randint(3, (8,))
+    seen = set()
+    while capture.step < 24:
+        steps.clear()
+        due = frozenset(capture.due)
+        train(optimizer, x, y)
+        seen.add((due == {"head"}, bool(steps)))
+    assert seen >= {(True, False), (False, True)}
+    assert (True, True) not in seen

@@ -27,7 +27,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 class Watching:
     """A recorder that throws everything away."""
 
-    active = True
+    def wants(self, layers: Any) -> bool:
+        return True
 
     def record(self, *_: Any) -> None:
         pass

@@ -261,8 +261,8 @@ class Pace:
             slope: Of the loss along it, by the averaged gradient.
             promised: Change of the loss on its own batch.
         """
-        pace, age = self._latest.pace / share, self._latest.age + 1
-        self._set("pace", Latest(pace, age, self._latest.length, slope, promised))
+        before = self._latest
+        self._set("pace", Latest(before.pace / share, before.age + 1, before.length, slope, promised))
 
     def rest(self) -> None:
         """Remember that no step is taken, and measure anew for the next, whose average starts anew."""

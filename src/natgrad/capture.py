@@ -13,7 +13,7 @@ arrive during the user's ``backward()``. So do, at the edges, the samples that t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -40,9 +40,9 @@ from natgrad.vectors import vectors
 class Capture:
     """Hooks on ``model`` that fill a :class:`Batch`.
 
-    Statistics are gathered of the layers that ``due`` names, and the noise of gradients where ``whole`` says that these
-    are all. Where ``bases`` knows a basis for a layer, squares of the data's gradients in it are gathered, too. Where
-    no gradient of ``parameters`` is left, as after an overflow that a gradient scaler saw, all of it is thrown away.
+    Statistics are gathered of the layers that ``due`` names, and the noise of gradients where ``whole`` says that an
+    interval begins. Where ``bases`` knows a basis for a layer, squares of the data's gradients in it are gathered, too.
+    Where no gradient of ``parameters`` is left, as after an overflow that a gradient scaler saw, all is thrown away.
 
     A model that is copied or pickled takes its hooks along, and they stay idle there: ``settings`` and ``attach`` make
     them work for whoever was copied with it.
@@ -142,12 +142,11 @@ class Capture:
         self._own_derivatives = OwnDerivatives(self._note)
         self.drop()
 
-    @property
-    def active(self) -> bool:
-        """Whether layers should report their calls: the model is running, with gradients, and statistics are due."""
-        if torch.compiler.is_compiling():
+    def wants(self, layers: Iterable[Layer]) -> bool:
+        """Whether some of these should report their calls: the model is running, with gradients, and they are due."""
+        if torch.compiler.is_compiling() or self._calls is None or not torch.is_grad_enabled():
             return False
-        return self._calls is not None and bool(self.due) and torch.is_grad_enabled()
+        return any(layer.owner.name in self.due for layer in layers)
 
     def take(self) -> Batch:
         """Hand over what was captured and start anew.
@@ -179,7 +178,7 @@ class Capture:
         looks = torch.is_grad_enabled() and not is_transformed()
         self._calls, self._chance = ([], Chance(module)) if looks else (None, None)
         self._forward_seed = self._draw()
-        if self.active:
+        if looks and self.due:
             self._uncompiled.enter_context(uncompiled(module))
 
     def _clean_up(self, *_: Any) -> None:

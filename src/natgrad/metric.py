@@ -130,7 +130,7 @@ class Metric:
             averaged: Whether gradients are averages over batches.
         """
         solutions: dict[str, Tensor] = {}
-        shares = [state["noise"] for state in states.values() if averaged and "noise" in state]
+        shares = noise.known(states.values()) if averaged else []
         for layer in self.layers:
             V = matrix(layer)
             if V is not None:
@@ -177,7 +177,7 @@ class Metric:
         filled = [state for state in states.values() if "A" in state]
         curvature = dampings.mean_curvature([state["G"] for state in filled if state["A"].shape[-2] > 1])
         trust = Trust(states[self.layers[0].name])
-        pooled = noise.ratio([state["noise"] for state in filled if "noise" in state])
+        pooled = noise.ratio(noise.known(filled))
         for layer in layers:
             state = states[layer.name]
             flush(state["A"])

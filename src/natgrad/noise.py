@@ -97,8 +97,13 @@ def ratio(shares: Sequence[Tensor]) -> float:
 
 def share(states: Iterable[State]) -> float:
     """Of noise in the latest gradients: the mean over the layers that know theirs; 0 if none does."""
-    shares = [state["noise"] for state in states if "noise" in state]
+    shares = known(states)
     return mean(shares) if shares else 0.0
+
+
+def known(states: Iterable[State]) -> list[Tensor]:
+    """The shares of the layers that know theirs."""
+    return [state["noise"] for state in states if "noise" in state]
 
 
 def mean(shares: Sequence[Tensor]) -> float:

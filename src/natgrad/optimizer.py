@@ -247,8 +247,8 @@ class KFAC(torch.optim.Optimizer):
                     velocity.add_(previous[parameter], alpha=mu)
                 self.state[parameter]["velocity"] = like(velocity, parameter)
             parameter.add_(like(velocity.to(parameter.dtype), parameter))
-        for parameter in self._names.keys() - natural.keys() if self._evaluates else ():
-            if "velocity" in self.state[parameter]:  # of a layer that was not used, and so has rested
+        for parameter in self._names.keys() - natural.keys():
+            if self._evaluates and "velocity" in self.state[parameter]:  # of a layer that was not used, and so rested
                 self.state[parameter]["velocity"].zero_()
 
     def _averages(self) -> Averages:

@@ -44,8 +44,10 @@ def due(step: int, period: Period, shares: Mapping[str, float]) -> set[str]:
         period: Length of the intervals.
         shares: By name, which part of the rows that determine a factor a batch has.
     """
-    if period != "auto" or starts(step, period):
-        return set(shares) if starts(step, period) else set()
+    if starts(step, period):
+        return set(shares)
+    if period != "auto":
+        return set()
     return {name for name, share in shares.items() if share < 1 and step % max(OFTEN, int(share * LONGEST)) == 0}
 
 

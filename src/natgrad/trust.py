@@ -146,8 +146,9 @@ class Trust:
 
     def chose(self, rate: float) -> None:
         """Note the rate that the quadratic model chose."""
-        logarithms = self._ease.logarithms + math.log(max(rate, LEAST_RATE))
-        self.state["ease"] = torch.tensor(self._ease._replace(logarithms=logarithms, rates=self._ease.rates + 1))
+        before = self._ease
+        logarithms = before.logarithms + math.log(max(rate, LEAST_RATE))
+        self.state["ease"] = torch.tensor(before._replace(logarithms=logarithms, rates=before.rates + 1))
 
     def settle(self, averaged: bool) -> None:
         """Before inverses are refreshed: set the ease by the steps since it was last set, if there were any.

@@ -107,7 +107,7 @@ class _StandIn:
 
     def enter(self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         query = args[0] if args else kwargs["query"]
-        if self.recorder.active and self.original is None:
+        if self.recorder.wants(self.layers) and self.original is None:
             self.data = 1 if query.ndim == 2 else query.shape[0 if module.batch_first else 1]
             self.original, nn.functional.linear = nn.functional.linear, self.linear  # type: ignore[assignment]
 

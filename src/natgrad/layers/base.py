@@ -16,7 +16,7 @@ matrix               ([B,] out, in [+ 1])   ``to_matrix`` from gradients shaped 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
@@ -37,9 +37,8 @@ MAX_DENSE = 4096
 class Recorder(Protocol):
     """Where a layer reports its calls."""
 
-    @property
-    def active(self) -> bool:
-        """Whether calls are wanted now."""
+    def wants(self, layers: "Iterable[Layer]") -> bool:
+        """Whether calls of some of these are wanted now."""
 
     def record(
         self, layer: "Layer", x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
@@ -104,7 +103,7 @@ class Layer(ABC):
     def _report(
         self, recorder: Recorder, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor
     ) -> None:
-        if recorder.active:
+        if recorder.wants([self]):
             if is_transformed():
                 raise RuntimeError(
                     f"layer {self.name!r} was called inside a transform of torch.func (vmap, grad, jvp, hessian, …), "

@@ -76,7 +76,7 @@ class CellLayer(GateLayer):
         return [self.module.register_forward_hook(partial(self._unroll, recorder), with_kwargs=True)]
 
     def _unroll(self, recorder: Recorder, module: nn.Module, args: Any, kwargs: Any, z: Any) -> Tensor | State | None:
-        if not recorder.active:
+        if not recorder.wants(self.everything):
             return None
         x, given = _arguments(args, kwargs)
         if x.ndim == 1:
@@ -125,11 +125,11 @@ class _Replay:
         self.chance: Chance | None = None
 
     def before(self, module: nn.RNNBase, args: tuple[Any, ...]) -> None:
-        if self.recorder.active and self._draws(module):
+        if self.recorder.wants(self.layers) and self._draws(module):
             self.chance = Chance(module)
 
     def after(self, module: nn.RNNBase, args: Any, kwargs: Any, z: Any) -> tuple[Tensor, Tensor | State] | None:
-        if not self.recorder.active:
+        if not self.recorder.wants(self.layers):
             return None
         x, given = _arguments(args, kwargs)
         if not isinstance(x, Tensor) or x.ndim != 3:
