@@ -24,11 +24,11 @@ some_examples = hypothesis.settings(max_examples=30, deadline=None, derandomize=
 class Recorded:
     """A recorder that keeps everything, the gradients from an ordinary backward pass."""
 
-    def wants(self, layers: Any) -> bool:
-        return True
-
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
+
+    def wants(self, layers: Any) -> bool:
+        return True
 
     def record(
         self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
