@@ -153,6 +153,16 @@ def test_a_rate_lags_where_the_slope_has_become_no_smaller() -> None:
     assert not one.lags(-0.99)
 
 
+def test_a_rate_that_may_not_rise_does_not_lag() -> None:
+    """Catches measuring at every step of a window what the bound of that window leaves as it is."""
+    one = pace({})
+    for _ in range(40):
+        one.measure(1.0, 0.01)
+        one.take(1.0, -1.0, -0.5)
+    assert one.ratio == one._progress.least
+    assert not one.lags(-2.0)
+
+
 def test_after_a_step_that_was_not_taken_the_rate_is_another_averages() -> None:
     """Catches a rate that failed, and is taken untried along the next average; and one that the old rate holds back."""
     one = pace({})

@@ -14,9 +14,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 import natgrad
 from kfac_cases import assert_same, values
 from kfac_cases import network as with_adamw
+from natgrad import quadratic
 from natgrad.batch import Forward
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson
-from natgrad.multiplier import LossMultiplier, at_least
+from natgrad.multiplier import EVERY, LossMultiplier, at_least
 
 pytestmark = pytest.mark.usefixtures("float64")
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -203,17 +204,35 @@ def test_a_multiplied_loss_of_labels_takes_the_same_steps(factor: float, fisher:
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("factor", [1.0, 64.0])
-def test_a_gradient_scaler_changes_nothing(name: str, factor: float) -> None:
-    """Not even where nothing but the gradients of the parameters tells of it; and it grows 64-fold, twice, on the way.
+@pytest.mark.parametrize("growth", [2.0, 64.0])
+def test_a_gradient_scaler_changes_nothing(name: str, factor: float, growth: float) -> None:
+    """Not even where nothing but the gradients of the parameters tells of it; and it grows twice on the way.
 
     Catches a previous step that is judged before the scaler is known, and undone.
     """
     one, other = (natgrad.KFAC(network(), name) for _ in range(2))
     steps(one, LOSSES[name], range(2, 10), factor)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_factor=64.0, growth_interval=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_factor=growth, growth_interval=3)
     steps(other, LOSSES[name], range(2, 10), factor, scaler)
-    assert scaler.get_scale() == 2.0**24
+    assert scaler.get_scale() == 2.0**12 * growth**2
     assert_close(parameters(other), parameters(one), 1e-9)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**12])
+def test_passes_that_tell_scalers_from_factors_are_rare(scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a pass of the model at every step of a loop that multiplies its loss."""
+    optimizer, passes, slope = natgrad.KFAC(network(), "cross_entropy"), list[int](), quadratic.LocalModel.slope
+
+    def counted(local: quadratic.LocalModel, direction: dict[str, Tensor]) -> float:
+        passes.append(optimizer.preconditioner.steps)
+        return slope(local, direction)
+
+    monkeypatch.setattr(quadratic.LocalModel, "slope", counted)
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+    for seed in range(4 * EVERY):  # some steps are undone
+        if optimizer.preconditioner.steps <= 2 * EVERY:
+            steps(optimizer, cross_entropy, range(seed, seed + 1), 3.0, scaler)
+    assert sorted(set(passes)) == [0, EVERY, 2 * EVERY]
 
 
 @pytest.mark.parametrize("factor", FACTORS)

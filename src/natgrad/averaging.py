@@ -9,8 +9,9 @@ batch at hand as Nesterov does, before the metric P is applied to it. It takes t
 The exact quadratic model of the loss still tells the rate, α = f · uᵀΔ / ΔᵀFΔ, where uᵀΔ has far less noise in it than
 gᵀΔ. The inverse of this ratio, the *pace*, hardly changes from one average to the next. So it is measured only now and
 then: when inverses are new, when Δ has become much longer in its own metric, when the loss goes on falling along the
-latest step as fast as at its start, and otherwise at every eighth step. Rates fall at once and rise slowly: a batch
-that is learnt by heart shows next to no curvature. So they rise only in windows with progress, and once in each.
+latest step as fast as at its start and the rate may rise, and otherwise at every eighth step. Rates fall at once and
+rise slowly: a batch that is learnt by heart shows next to no curvature. So they rise only in windows with progress, and
+once in each.
 
 Where gᵀΔ < uᵀΔ the average is out of date: the step is shortened as much, and where gᵀΔ < 0 the average starts anew.
 
@@ -238,8 +239,12 @@ class Pace:
         return not self.known or renewed or old or slope > LONGER**2 * self._latest.length
 
     def lags(self, slope: float) -> bool:
-        """Whether the loss goes on falling as fast as before the latest step, with so much of a slope along it."""
-        return slope < self._latest.slope
+        """Whether the loss goes on falling as fast as before the latest step, though the rate could be larger.
+
+        Args:
+            slope: Of the loss along the latest step, at its end.
+        """
+        return slope < self._latest.slope and self._latest.pace > self._progress.least
 
     def measure(self, slope: float, curvature: float, due: bool = True) -> None:
         """Set the pace by uᵀΔ and ΔᵀFΔ, at a time when that was due or at another."""

@@ -15,7 +15,8 @@ at the output, g_f, which natgrad sees. Three things tell S s:
   holds whatever the network does in between. The first slope was seen by the step's own batch alone, of which the share
   of noise is taken off. A step s ≫ 1 times too long is taken back, once it is seen to be.
 
-S alone is a ratio: gᵀd, of the parameters' gradient, is what g_f · (J d) would be without it.
+S alone is a ratio: gᵀd, of the parameters' gradient, is what g_f · (J d) would be without it. That takes a pass of the
+model, and is looked at where S s was seen to change by as much as a scaler does, and now and then.
 """
 
 import math
@@ -49,6 +50,9 @@ SUSPECT = 3.0
 GROWTH = 1.5
 # So much smaller s becomes by one step at most: a short step shows noise rather than curvature.
 SHRINK = 0.1
+# Gradient scalers double or halve. Where S s is known and has changed by less than STEADY since the step before, they
+# did neither, unless s changed as much the other way: every so many steps it is looked at all the same.
+STEADY, EVERY = math.sqrt(2.0), 16
 
 
 def at_least(forward: Forward, likelihood: Likelihood, terms: float) -> tuple[float, bool]:
@@ -189,7 +193,9 @@ class LossMultiplier:
         product, before = self.at_output, self.loss * self.scaler
         told = self.bound[1] or product > before
         loss, scaler = self.loss, 1.0
-        if product != 1 or (evaluate and not (told or "multiplier" in self.state)):
+        if product != 1 and self._is_steady(product / before):
+            scaler = 1.0 if self.scaler == 1 else product / loss
+        elif product != 1 or (evaluate and not (told or "multiplier" in self.state)):
             there = self.local.slope(gradients)
             ratio = sum(float(g.double().square().sum()) for g in gradients.values()) / there if there else math.nan
             scaler = _scaler(ratio, product / loss, NOISE if told else 1.0)
@@ -256,6 +262,11 @@ class LossMultiplier:
         self._set(self.loss * factor, self.scaler)
         self.state["promise"][3] = float(factor == 1 and bend > 0)
         return factor <= 1
+
+    def _is_steady(self, growth: float) -> bool:
+        """Whether a gradient scaler is what it was, after S s was seen to become so many times larger."""
+        is_seen = "multiplier" in self.state and self.bound[1]
+        return is_seen and 1 / STEADY < growth < STEADY and float(self.state["step"]) % EVERY != 0
 
     @property
     def promised(self) -> float:
