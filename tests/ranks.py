@@ -37,3 +37,4 @@ def _enter(
         torch.save(function(*args), os.path.join(folder, str(rank)))
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # as a process exits, torch's threads abort now and then, with any optimizer
