@@ -49,14 +49,15 @@ def squared_gradients(x: Tensor, g: Tensor, bases: Bases) -> Tensor:
 def squared_length(x: Tensor, g: Tensor, metrics: Bases) -> Tensor:
     """Σ_n tr V_nᵀ P_G V_n P_A, a scalar; arguments as above, with P_A and P_G, where a column is a diagonal."""
     x, g = extended(x, metrics[0]), at_least_float32(g)
-    longer_x, longer_g = times(x, metrics[0]), times(g, metrics[1])
-    if x.shape[-2] == 1:
-        return torch.sum((x * longer_x).sum(-1) * (g * longer_g).sum(-1))
     if x.shape[-2] ** 2 <= x.shape[-1] * g.shape[-1]:
+        longer_x, longer_g = times(x, metrics[0]), times(g, metrics[1])
+        if x.shape[-2] == 1:
+            return torch.sum((x * longer_x).sum(-1) * (g * longer_g).sum(-1))
         return torch.sum((x @ longer_x.mT) * (g @ longer_g.mT))
     total = x.new_zeros(())
-    for some_x, some_g, longer_some_x, longer_some_g in a_few_at_a_time(x, g, longer_x, longer_g):
-        total = total + torch.sum((some_g.mT @ some_x) * (longer_some_g.mT @ longer_some_x))
+    for some_x, some_g in a_few_at_a_time(x, g):
+        V = some_g.mT @ some_x
+        total = total + torch.sum(times(V, metrics[0]) * times(V.mT, metrics[1]).mT)
     return total
 
 
@@ -66,11 +67,11 @@ def extended(x: Tensor, factor: Tensor) -> Tensor:
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1) if x.shape[-1] < factor.shape[-2] else x
 
 
-def a_few_at_a_time(x: Tensor, g: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def a_few_at_a_time(x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of as many data as gradients may be built of at once."""
     blocks = max(x.shape[:-3].numel(), g.shape[:-3].numel())
     data = max(1, CHUNK // (blocks * x.shape[-1] * g.shape[-1]))
-    return zip(*(rows.split(data, dim=-3) for rows in (x, g, *more)), strict=True)
+    return zip(*(rows.split(data, dim=-3) for rows in (x, g)), strict=True)
 
 
 def rotate_rows(rows: Tensor, Q: Tensor) -> Tensor:
