@@ -81,7 +81,7 @@ def short_difference(
     It would, where the output changes by less than ``least``, relative to its size.
     """
     epsilon = reach / length(direction.values()).clamp(min=torch.finfo(torch.float32).tiny)
-    change = output({name: p + epsilon * direction[name] for name, p in parameters.items()})[-1] - before
+    change = output({name: torch.addcmul(p, epsilon, direction[name]) for name, p in parameters.items()})[-1] - before
     return change / epsilon if change.norm() > least * before.norm() else None
 
 
