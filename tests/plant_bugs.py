@@ -141,6 +141,8 @@ BUGS = {
     "a batch asked for its slope is a witness": Bug("rates.py", "promised if due else 0.0", "promised", RATES),
     "a rate that failed is taken again": Bug("averaging.py", 'self._set("pace", Latest(pace=0.0))', "self.take(1.0, 0.0, 0.0)", AVERAGING),
     "rates that never lag": Bug("averaging.py", "return slope < self._latest.slope and", "return False and", AVERAGING),
+    "few rows of a large batch": Bug("factors.py", "MIN_SHARE * data, ", "", "test_capture.py"),
+    "factors from a quarter of all positions": Bug("factors.py", "MIN_SHARE * data, ", "MIN_SHARE * rows, ", "test_capture.py"),
     "rates that may not rise measured for that": Bug("averaging.py", " and self._latest.pace > self._progress.least\n", "\n", AVERAGING),
     "gradients at shared rows not scaled up from few data": Bug("rerun.py", "call.data, call.upscale = before.data, before.upscale * whole.data / len(chosen)", "call.data, call.upscale = before.data, before.upscale", "test_rerun.py"),
     "several rows of a datum taken for shared ones": Bug("rerun.py", "elif len(call.x) == before.rows:", "elif True:", "test_rerun.py"),

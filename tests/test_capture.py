@@ -294,9 +294,9 @@ def test_a_fraction_is_drawn_anew_at_every_step() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("n", "expected"), [(5, 5), (6, 6), (7, 6), (11, 6), (48, 6)])
+@pytest.mark.parametrize(("n", "expected"), [(5, 5), (6, 6), (7, 6), (11, 6), (24, 6), (48, 12)])
 def test_auto_keeps_a_row_for_each_dimension(n: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The larger factor, of size 6, wants 6 rows."""
+    """The larger factor, of size 6, wants 6 rows; of many data it gets a quarter."""
     monkeypatch.setattr(factors, "MIN_ROWS", 1)
     preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
     preconditioner.model(torch.randn(n, 5))
@@ -308,6 +308,14 @@ def test_auto_counts_positions_and_keeps_a_least_number_of_rows(monkeypatch: pyt
     preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
     preconditioner.model(torch.randn(12, 10, 5))  # 120 rows: a fourth of the data
     assert statistics(preconditioner)["0"].rows == 30
+
+
+def test_auto_keeps_a_row_for_every_fourth_datum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of positions the rows of few data are enough. Catches convolutions whose factors cost a pass of the model."""
+    monkeypatch.setattr(factors, "MIN_ROWS", 1)
+    preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
+    preconditioner.model(torch.randn(80, 10, 5))
+    assert statistics(preconditioner)["0"].rows == 20
 
 
 # What is refused.

@@ -360,7 +360,8 @@ class Capture:
         if z.ndim < 2 or n == 0 or not self.attached:
             return slice(None), 1.0
         if self.batch_fraction == "auto":
-            share = share_needed(z.numel() // layer.channels * self.world.size, max(layer.shape))
+            rows, data = z.numel() // layer.channels * self.world.size, n * self.world.size
+            share = share_needed(rows, data, max(layer.shape))
             kept = math.ceil(share * n - 1e-6)  # one row too few would be averaged over steps
         else:
             kept = max(1, round(self.batch_fraction * n))

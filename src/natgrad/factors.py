@@ -25,9 +25,9 @@ ROWS_PER_DIMENSION, LONG_DECAY = 1, 0.95
 # Where gradients are averaged over batches, so are factors, however many rows they have; and over as many more updates
 # as these have fewer rows than determine them.
 AVERAGED_DECAY = 0.8
-# With `batch_fraction="auto"`, no fewer rows than these enter a factor: more cost time, and those of a whole batch even
-# some generalization (`docs/decisions.md`).
-MIN_ROWS = 512
+# With `batch_fraction="auto"`, no fewer rows than these enter a factor, nor than this share of the data: more cost time,
+# and those of a whole batch even some generalization (`docs/decisions.md`).
+MIN_ROWS, MIN_SHARE = 512, 1 / 4
 
 Factors = tuple[Tensor, Tensor]
 """(A, G)."""
@@ -160,9 +160,15 @@ def automatic_decay(share: float, averages: bool) -> float:
     return decay if averages else max(decay, LONG_DECAY)
 
 
-def share_needed(rows: int, dimension: int) -> float:
-    """Which part of a batch of so many rows is enough for factors of at most ``dimension``; above 1 if none is."""
-    return max(MIN_ROWS, ROWS_PER_DIMENSION * dimension) / max(rows, 1)
+def share_needed(rows: int, data: int, dimension: int) -> float:
+    """Which part of a batch is enough for factors of at most ``dimension``; above 1 if none is.
+
+    Args:
+        rows: Of all its data, one for each position.
+        data: Their number.
+        dimension: Of the larger factor.
+    """
+    return max(MIN_ROWS, MIN_SHARE * data, ROWS_PER_DIMENSION * dimension) / max(rows, 1)
 
 
 def flush(average: Tensor) -> None:
