@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 
 import pytest
 import torch
@@ -122,6 +123,13 @@ def test_memory_is_what_is_held_between_steps(dtype: torch.dtype) -> None:
         kept = [t.untyped_storage().nbytes() for place, t in held().items() if place not in before]
         # Ages, noise and counts of steps are smaller.
         assert sum(size for size in kept if size > 20) == natgrad.describe(model).memory, step
+
+
+def test_factors_that_are_too_large_for_the_other_one_are_diagonals() -> None:
+    """Catches nine thousand parameters with two inverses of 3,000 dimensions."""
+    model = nn.Sequential(*[nn.Linear(a, b) for a, b in itertools.pairwise([1, 2700, 200, 2500, 1])])
+    expected = [("2700 diag", "2"), ("200", "2701"), ("2500", "201"), ("1", "2501")]
+    assert [row.factors for row in natgrad.describe(model).rows] == expected
 
 
 def test_a_model_that_is_a_layer_and_one_without_parameters() -> None:

@@ -30,8 +30,9 @@ from natgrad.layers.moments import Moment, Sharing, moment
 from natgrad.layers.spectrum import Bases, squared_gradients, squared_length
 
 # A factor of more dimensions than this is kept as a diagonal: on one core a dense one of 5,000, of a vocabulary, makes
-# steps ten times as long and no better (`docs/decisions.md`).
-MAX_DENSE = 4096
+# steps ten times as long and no better (`docs/decisions.md`). So is one of more than MAX_UNEVEN, if it is UNEVEN times
+# as large as the layer's other factor: its inverse costs its cube, for few parameters.
+MAX_DENSE, MAX_UNEVEN, UNEVEN = 4096, 2560, 16
 
 
 class Recorder(Protocol):
@@ -165,7 +166,7 @@ class Layer(ABC):
     def diagonal(self) -> tuple[bool, bool]:
         """Whether G and A are kept as diagonals."""
         out, width = self.shape
-        return out > MAX_DENSE, width > MAX_DENSE
+        return _is_too_large(out, width), _is_too_large(width, out)
 
     @property
     def dense_dimension(self) -> int:
@@ -235,3 +236,8 @@ def registered(module: nn.Module) -> type[Layer] | None:
 def registered_names() -> str:
     """The registered module types, for messages."""
     return ", ".join(sorted(kind if isinstance(kind, str) else kind.__name__ for kind in _REGISTRY))
+
+
+def _is_too_large(size: int, other: int) -> bool:
+    """Whether a factor is kept as a diagonal, for its size and that of the other one of the layer."""
+    return size > MAX_DENSE or (size > MAX_UNEVEN and size > UNEVEN * other)
