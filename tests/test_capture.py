@@ -318,6 +318,70 @@ def test_auto_keeps_a_row_for_every_fourth_datum(monkeypatch: pytest.MonkeyPatch
     assert statistics(preconditioner)["0"].rows == 20
 
 
+# Several passes, forward and backward.
+
+
+@pytest.mark.parametrize(("parts", "expected"), [((5, 2), 5), ((2, 5), 5), ((1, 4, 2), 4)])
+def test_of_several_passes_that_of_most_data_tells_how_far_to_go(parts: tuple[int, ...], expected: int) -> None:
+    """Catches 64 data that end in a micro-batch of one: learnt by heart, it shows no curvature; steps have no end."""
+    preconditioner = natgrad.Preconditioner(network(), "mse")
+    for n in parts:
+        preconditioner.model(torch.randn(n, 3)).square().sum().backward()
+    latest = preconditioner.capture.take().latest
+    assert latest is not None
+    assert latest.data == expected
+
+
+Backwards = Callable[[Tensor, Tensor], Tensor]
+
+
+def in_two_passes(x: Tensor, z: Tensor) -> Tensor:
+    z[:2].square().sum().backward(retain_graph=True)
+    z.sum().backward()
+    return 2 * torch.cat([z[:2], 0 * z[2:]]) + 1
+
+
+def looked_at_afterwards(x: Tensor, z: Tensor) -> Tensor:
+    z.square().sum().backward(retain_graph=True)
+    torch.autograd.grad(z[:, 0].sum(), x)
+    return 2 * z
+
+
+def looked_at_before(x: Tensor, z: Tensor) -> Tensor:
+    torch.autograd.grad(z[:, 0].sum(), x, retain_graph=True)
+    z.square().sum().backward()
+    return 2 * z
+
+
+@pytest.mark.parametrize("backward", [in_two_passes, looked_at_afterwards, looked_at_before])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_backward_passes_add_up_and_a_look_at_derivatives_is_none(backward: Backwards, heads: int) -> None:
+    """Catches a loss in two parts of which the second alone is seen, and saliency maps that are taken for the loss."""
+    model = network()
+    told: Any = "mse" if heads == 1 else {"a": "mse", "b": "mse"}
+    whole = model if heads == 1 else Heads(model)
+    preconditioner = natgrad.Preconditioner(whole, told)
+    x = torch.randn(5, 3, requires_grad=True)
+    out = whole(x)
+    expected = backward(x, out if heads == 1 else torch.cat([out["a"], out["b"]], dim=1))
+    latest = preconditioner.capture.take().latest
+    assert latest is not None
+    assert latest.gradient is not None
+    torch.testing.assert_close(latest.gradient, expected.detach())
+
+
+class Heads(nn.Module):
+    """The two outputs of a network under two names."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.network(x)
+        return {"a": z[:, :1] + 0, "b": z[:, 1:] + 0}
+
+
 # What is refused.
 
 

@@ -81,3 +81,83 @@ def test_without_damping_parameters_stay_finite(name: str, inverse: str) -> None
     model, losses = train(CASES[name], inverse=inverse, damping=0.0)
     assert all(p.isfinite().all() for p in model.parameters())
     assert losses[-1] <= losses[0] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("empty", [0, 5])
+def test_a_batch_of_which_no_target_counts_is_no_step_and_no_end(empty: int) -> None:
+    """The mean over no targets is NaN, with gradients of zero."""
+    torch.manual_seed(0)
+    model, x, y = mlp(), torch.randn(32, 6), labels(32)
+    loss = nn.CrossEntropyLoss(ignore_index=-100)
+    optimizer, losses = natgrad.KFAC(model, loss), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        value = loss(model(x), torch.full_like(y, -100) if step == empty else y)
+        value.backward()
+        optimizer.step()
+        losses += [value.item()] if step != empty else []
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert losses[-1] < losses[0] / 2
+
+
+class Experts(nn.Module):
+    """Each datum goes through one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.head = nn.ModuleList([nn.Linear(6, 8), nn.Linear(6, 8)]), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 8)
+        for sign, expert in zip((-1, 1), self.experts, strict=True):
+            h = h.index_put(((x[:, 0] * sign > 0).nonzero(as_tuple=True)), expert(x[x[:, 0] * sign > 0]))
+        out: Tensor = self.head(h.tanh())
+        return out
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_may_get_no_rows(first: bool) -> None:
+    """At the first step, or at others."""
+    torch.manual_seed(0)
+    model, losses = Experts(), []
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    for step in range(STEPS):
+        x = torch.randn(32, 6)
+        if (step % 3 == 0) == first:
+            x[:, 0].abs_()
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), (x[:, 1] > 0).long())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert losses[-1] < losses[0] / 2
+
+
+class Spectral(nn.Module):
+    """A filter of complex weights, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.head = nn.Parameter(torch.randn(4, dtype=torch.cfloat)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=6))
+        return out
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+def test_complex_parameters_are_trained_by_adamw(factor: float) -> None:
+    """Also where a multiplied loss is compared with the gradients of all parameters."""
+    torch.manual_seed(0)
+    model, x, losses = Spectral(), torch.randn(64, 6), []
+    before = model.filter.detach().clone()
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = factor * cross_entropy(model(x), (x[:, 1] > 0).long())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    assert not torch.equal(model.filter, before)

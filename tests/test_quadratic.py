@@ -56,6 +56,22 @@ def local_model(
     return LocalModel(model, likelihood, select, forward, terms or forward.terms(likelihood))
 
 
+@pytest.mark.filterwarnings("ignore:natgrad")
+def test_differences_are_no_exact_slopes() -> None:
+    """Catches a loss that is declared and taken for another, as a fused recurrent network has no forward mode."""
+    model, x = nn.LSTM(3, 2).float(), torch.randn(4, 5, 3, dtype=torch.float32)
+    for linear in (True, False):
+        direction = {"weight": torch.randn(2, 3)} if linear else {"bias_hh_l0": torch.randn(8)}
+        local = local_model(
+            nn.Linear(3, 2).float() if linear else model,
+            "mse",
+            (x,),
+            select=lambda out: out[0] if type(out) is tuple else out,
+        )
+        local.curvature([direction])
+        assert (local.slopes() is None) is not linear
+
+
 @torch.no_grad()
 def of_natgrad(
     model: nn.Module, told: Any, x: Tensor, directions: list[Direction], terms: float | None = None

@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from natgrad.calls import Call, Sample
 from natgrad.chance import Chance
+from natgrad.distributed import is_sharded
 from natgrad.factors import Factors, Statistics, join
 from natgrad.joint import side_by_side
 from natgrad.layers import Layer, at_least_float32
@@ -68,6 +70,7 @@ class Forward:
         chance: The random streams before it, if it drew from them.
         multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
         ear: Tells whether a gradient arrived or may arrive.
+        trained: Parameters of the layers; a pass that brings none of them a gradient is no backward pass of the loss.
         lengths: Of the heads, if these have different numbers of data: then rows of the output are no data.
     """
 
@@ -84,6 +87,7 @@ class Forward:
     chance: Chance | None = None
     multiplier: Tensor | None = None
     ear: Ear = field(default_factory=Ear)
+    trained: Sequence[nn.Parameter] = ()
     lengths: tuple[int, ...] = ()
 
     def listen(self, origins: Sequence[Origin]) -> None:
@@ -101,22 +105,26 @@ class Forward:
                 self.ear.hooks.append(weakref.ref(hook))
 
     def note(self, gradient: Tensor, order: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
-        """Keep a gradient that has come."""
-        self._hear()
-        self.gradient = at_least_float32(order(gradient))
+        """Keep a gradient that has come; those of several backward passes through one graph add up."""
+        if self._hear():
+            latest = at_least_float32(order(gradient))
+            self.gradient = latest if self.gradient is None else self.gradient + latest
 
     def note_some(self, width: int, columns: slice, order: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
-        """Keep what has come at one of several tensors; where none comes, the loss does not depend on it."""
-        self._hear()
-        some = at_least_float32(side_by_side([order(gradient)]))
-        if self.gradient is None:
-            self.gradient = some.new_zeros(len(self.output), width)
-        self.gradient[: len(some), columns] = some
+        """The same at one of several tensors; where none comes, the loss does not depend on it."""
+        if self._hear():
+            some = at_least_float32(side_by_side([order(gradient)]))
+            if self.gradient is None:
+                self.gradient = some.new_zeros(len(self.output), width)
+            self.gradient[: len(some), columns] += some
 
-    def _hear(self) -> None:
-        self.ear.heard = True
+    def _hear(self) -> bool:
+        """Whether what comes is of the loss: derivatives may be asked for to be looked at, or for a penalty on them."""
         if torch.is_grad_enabled():
             _tell_of_derivatives()
+        heard = _reaches(self.trained)
+        self.ear.heard |= heard
+        return heard
 
     def see_what_counts(self, likelihood: Likelihood) -> None:
         """Let criteria without a gradient weigh nothing from now on, if they tell and nobody else told.
@@ -167,6 +175,11 @@ class Forward:
                 return math.nan
         return total
 
+    def is_outweighed(self, other: "Forward | None") -> bool:
+        """Whether another pass, whose backward pass is done as well, tells more of the loss."""
+        both = other is not None and other.gradient is not None and self.gradient is not None
+        return both and other.data > self.data  # type: ignore[union-attr]
+
     @property
     def data(self) -> int:
         """N."""
@@ -184,7 +197,7 @@ class Batch:
         forwards: Number of forward passes.
         data: Number of data, summed over the forwards.
         terms: What the loss's reduction divides by, summed over the forwards.
-        latest: The latest forward.
+        latest: The latest forward, or one before it that was of more data.
         ears: Of all forwards.
         spectra: Per layer name with a basis, the sum over data of the squared gradients in it.
         samples: Per layer name, data with the gradients of the user's loss.
@@ -220,7 +233,8 @@ class Batch:
         self.forwards += earlier.forwards
         self.data += earlier.data
         self.terms += earlier.terms
-        self.latest = self.latest or earlier.latest
+        if self.latest is None or self.latest.is_outweighed(earlier.latest):
+            self.latest = earlier.latest
 
     def tensors(self) -> Iterator[Tensor]:
         """All sums, for a look at whether they are finite."""
@@ -322,6 +336,19 @@ class Batch:
         return one if layer.blocks is None else one.expand(layer.blocks, *one.shape).clone()
 
 
+def _reaches(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether the backward pass under way brings a gradient to one of these; also where that cannot be told.
+
+    There is no public way to ask. Those of which each rank has a part are not themselves in the graph.
+    """
+    if not parameters or any(map(is_sharded, parameters)):
+        return True
+    try:
+        return any(torch._C._will_engine_execute_node(get_gradient_edge(p).node) for p in parameters)
+    except RuntimeError:  # of `torch.autograd.grad` with parameters
+        return True
+
+
 @cache
 def _tell_of_derivatives() -> None:
     warnings.warn(
@@ -342,6 +369,7 @@ def shuffled(data: int, seed: int) -> Tensor:
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every entry is finite, with a single synchronization; both extremes are NaN where an entry is."""
     dense = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
+    dense = [torch.view_as_real(t) if t.is_complex() else t for t in dense]
     extremes = [extreme for t in dense if t.numel() for extreme in torch.aminmax(t)]
     return bool(torch.stack(extremes).isfinite().all())
 

@@ -190,7 +190,7 @@ class Capture:
         self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
     ) -> None:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
-        if self._calls is None or not z.requires_grad or layer.owner.name not in self.due:
+        if self._calls is None or not (z.requires_grad and z.numel()) or layer.owner.name not in self.due:
             return
         data, upscale = self._choose(layer, z)
         call = Call(layer, layer.owner, x[data], get_gradient_edge(z), data, upscale, blocks)
@@ -213,7 +213,7 @@ class Capture:
         if not (output := self.view.join(heads := self.view.heads(raw))).requires_grad:
             return
         forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed, chance=chance.if_drawn())
-        forward.lengths = differing_lengths(heads)
+        forward.lengths, forward.trained = differing_lengths(heads), self.parameters
         origins, forward.find = self.view.origins(raw, heads)
         if self.loss.module is None:
             self._gather(forward, origins)

@@ -111,5 +111,5 @@ class Likelihood(ABC):
         return output.shape[0] if self.reduction == "batchmean" else self.criteria(output)
 
     def scale(self, terms: float) -> float:
-        """R, the factor between the sum of the criteria and the loss, for a batch with so many ``terms``."""
-        return self.weight if self.reduction == "sum" else self.weight / terms
+        """R, the factor between the sum of the criteria and the loss, for a batch with so many ``terms``; 0 is as 1."""
+        return self.weight if self.reduction == "sum" else self.weight / (terms or 1.0)

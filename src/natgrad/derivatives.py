@@ -43,6 +43,7 @@ def along(
     data: float,
     before: Outputs | None = None,
     differentiates: Callable[[], bool] = lambda: False,
+    told: Callable[[str], None] = lambda _: None,
 ) -> tuple[Outputs, list[Tensor]]:
     """The outputs, and derivatives of the last of them along each direction.
 
@@ -54,6 +55,7 @@ def along(
         data: How many the batch has, of which these outputs may be few; on all ranks.
         before: The outputs at these parameters, if they are known.
         differentiates: Whether the network was seen to differentiate itself; asked when outputs are known.
+        told: As for ``directional_derivative``.
     """
     large = data * sum(p.numel() for p in parameters.values()) >= LARGE
     step = 0.0
@@ -68,7 +70,7 @@ def along(
         if before is not None and step > 0:
             product = short_difference(output, parameters, direction, before[-1], reach * step, least)
         if product is None:
-            before, (*_, product) = directional_derivative(output, parameters, direction)
+            before, (*_, product) = directional_derivative(output, parameters, direction, told)
         products.append(product)
     return before or (), products
 
@@ -85,10 +87,18 @@ def short_difference(
     return change / epsilon if change.norm() > least * before.norm() else None
 
 
-def directional_derivative(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:
+def directional_derivative(
+    output: Function, parameters: Named, direction: Named, told: Callable[[str], None] = lambda _: None
+) -> tuple[Outputs, Outputs]:
     """The outputs and their derivatives along the direction: exact by forward-mode differentiation, if there is one.
 
     In float64 differences are exact enough, and faster than dual numbers.
+
+    Args:
+        output: As for ``along``.
+        parameters: Where.
+        direction: A tensor for every parameter.
+        told: Is told why there is none, and they are differences.
     """
     try:
         with warnings.catch_warnings():
@@ -103,6 +113,7 @@ def directional_derivative(output: Function, parameters: Named, direction: Named
         except (NotImplementedError, RuntimeError) as error:
             reason = str(error)
     _tell_once(reason)
+    told(reason)
     return central_difference(output, parameters, direction)
 
 

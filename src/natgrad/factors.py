@@ -25,8 +25,8 @@ ROWS_PER_DIMENSION, LONG_DECAY = 1, 0.95
 # Where gradients are averaged over batches, so are factors, however many rows they have; and over as many more updates
 # as these have fewer rows than determine them.
 AVERAGED_DECAY = 0.8
-# With `batch_fraction="auto"`, no fewer rows than these enter a factor, nor than this share of the data: more cost time,
-# and those of a whole batch even some generalization (`docs/decisions.md`).
+# With `batch_fraction="auto"`, no fewer rows than these enter a factor, nor than this share of the data; more
+# cost time, and those of a whole batch even some generalization (`docs/decisions.md`).
 MIN_ROWS, MIN_SHARE = 512, 1 / 4
 
 Factors = tuple[Tensor, Tensor]

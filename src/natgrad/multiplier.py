@@ -196,8 +196,9 @@ class LossMultiplier:
         if product != 1 and self._is_steady(product / before):
             scaler = 1.0 if self.scaler == 1 else product / loss
         elif product != 1 or (evaluate and not (told or "multiplier" in self.state)):
-            there = self.local.slope(gradients)
-            ratio = sum(float(g.double().square().sum()) for g in gradients.values()) / there if there else math.nan
+            real = {name: g for name, g in gradients.items() if not g.is_complex()}
+            there = self.local.slope(real)
+            ratio = sum(float(g.double().square().sum()) for g in real.values()) / there if there else math.nan
             scaler = _scaler(ratio, product / loss, NOISE if told else 1.0)
         if told:
             loss = product / scaler

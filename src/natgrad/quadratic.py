@@ -79,7 +79,7 @@ class LocalModel:
         self.multiplier, self.scaler = 1.0, 1.0
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
         self.parts = (0.0, 0.0)
-        self._products: list[Tensor] = []  # J d, of the latest `curvature`
+        self._products, self._reasons = list[Tensor](), list[str]()  # J d of the latest `curvature`; why by differences
         self._differentiates = False
         self._ruled_out: Tensor | None = None  # where the user's output is −∞
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
@@ -92,7 +92,7 @@ class LocalModel:
         self._ruled_out = impossible if impossible.any() else None
         self.weights = None if forward.weights is None else Weights(*map(self._take, forward.weights))
         # Of the user's loss: of one micro-batch among several, the gradient is that of a part.
-        self.share = self.size / forward.data * forward.terms(likelihood) / terms
+        self.share = self.size / forward.data * (forward.terms(likelihood) / terms if terms else 1.0)
 
     def _take_all(self) -> None:
         """Be of all data of the pass."""
@@ -144,7 +144,7 @@ class LocalModel:
         tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
         previous, data = tangents[-1] if len(tangents) > 1 else None, self.forward.data / (self.ranks.part or 1.0)
         self._before, self._products = along(
-            self._run, parameters, tangents, previous, data, self._before, self.differentiates
+            self._run, parameters, tangents, previous, data, self._before, self.differentiates, self._reasons.append
         )
         _, at = self._before
         root = self._weigh(at).sqrt()
@@ -161,7 +161,7 @@ class LocalModel:
             (2, k): the slopes, and what they would be if all their terms had one sign, by which rounding is measured.
         """
         is_all = self.has_all and self.forward.terms(self.likelihood) == self.total_terms
-        if not is_all or self.forward.find is not None:
+        if not is_all or self._reasons or self.forward.find is not None:
             return None
         arrived = self._arrived() / self.scaler
         terms = [(arrived * product).double() for product in self._products]
