@@ -353,7 +353,14 @@ def looked_at_before(x: Tensor, z: Tensor) -> Tensor:
     return 2 * z
 
 
-@pytest.mark.parametrize("backward", [in_two_passes, looked_at_afterwards, looked_at_before])
+def with_a_penalty(x: Tensor, z: Tensor) -> Tensor:
+    torch.autograd.grad(z[:, 0].sum(), x, create_graph=True)[0].square().sum().backward(retain_graph=True)
+    z.square().sum().backward()
+    return 2 * z
+
+
+@pytest.mark.filterwarnings("ignore:natgrad. the training loop differentiates:RuntimeWarning")
+@pytest.mark.parametrize("backward", [in_two_passes, looked_at_afterwards, looked_at_before, with_a_penalty])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_backward_passes_add_up_and_a_look_at_derivatives_is_none(backward: Backwards, heads: int) -> None:
     """Catches a loss in two parts of which the second alone is seen, and saliency maps that are taken for the loss."""

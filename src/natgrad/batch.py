@@ -70,6 +70,7 @@ class Forward:
         chance: The random streams before it, if it drew from them.
         multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
         ear: Tells whether a gradient arrived or may arrive.
+        is_makeshift: Whether that is a derivative that may enter the loss, for want of one of the loss itself.
         trained: Parameters of the layers; a pass that brings none of them a gradient is no backward pass of the loss.
         lengths: Of the heads, if these have different numbers of data: then rows of the output are no data.
     """
@@ -87,6 +88,7 @@ class Forward:
     chance: Chance | None = None
     multiplier: Tensor | None = None
     ear: Ear = field(default_factory=Ear)
+    is_makeshift: bool = False
     trained: Sequence[nn.Parameter] = ()
     lengths: tuple[int, ...] = ()
 
@@ -120,11 +122,17 @@ class Forward:
 
     def _hear(self) -> bool:
         """Whether what comes is of the loss: derivatives may be asked for to be looked at, or for a penalty on them."""
-        if torch.is_grad_enabled():
+        is_of_loss, differentiates_again = _reaches(self.trained), torch.is_grad_enabled()
+        if differentiates_again:
             _tell_of_derivatives()
-        heard = _reaches(self.trained)
-        self.ear.heard |= heard
-        return heard
+        if is_of_loss and self.is_makeshift:
+            self.gradient, self.is_makeshift = None, False
+        elif not is_of_loss:
+            if not differentiates_again or not (self.gradient is None or self.is_makeshift):
+                return False
+            self.is_makeshift = True
+        self.ear.heard = True
+        return True
 
     def see_what_counts(self, likelihood: Likelihood) -> None:
         """Let criteria without a gradient weigh nothing from now on, if they tell and nobody else told.
