@@ -34,7 +34,7 @@ class Partition:
         raise ValueError(
             f"the model has no layer that natgrad can precondition (it knows {registered_names()}). "
             f"{reasons or 'It has no parameters'}. A layer of your own that computes as one of these can be registered "
-            "(`docs/layers.md`); torch.optim.AdamW trains the model as it is."
+            "(`docs/extending.md`); torch.optim.AdamW trains the model as it is."
         )
 
     def of(self, parameters: Iterable[nn.Parameter]) -> list[Layer]:

@@ -136,7 +136,8 @@ class _Replay:
             got = tuple(x.shape) if isinstance(x, Tensor) else "a packed sequence"
             raise ValueError(
                 f"layer {self.name!r} got {got}: natgrad needs a padded batch of shape (N, S, in) or (S, N, in); use "
-                "`pad_packed_sequence`, or `unsqueeze` the missing dimension."
+                "`pad_packed_sequence`, or `unsqueeze` the missing dimension; or leave its parameters to AdamW, in a "
+                'group {"params": …, "fallback": True} among the `params` of natgrad.KFAC.'
             )
         if self.chance is not None and self._draws(module):
             self.chance.restore()  # the module's own draw again, so that the stream goes on as it did
