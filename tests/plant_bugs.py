@@ -81,6 +81,8 @@ BUGS = {
     "damping told of before a checkpoint": Bug("metric.py", "        self.applied.clear()\n", "", TOLD),
     "tied table corrected by the head alone": Bug("layers/tied.py", "self.per_datum = not any(map(self.swaps, uses))", "self.per_datum = True", EKFAC),
     "total counted for every datum": Bug("noise.py", "energy - total / data", "energy - total", NOISE),
+    "noise of a sample taken for that of all": Bug("noise.py", " * data / (data - 1)])", "])", NOISE),
+    "one datum without noise": Bug("noise.py", "if data < 2 or", "if not data or", NOISE),
     "noise averaged as energy": Bug("noise.py", "share = (latest[1:] / latest[:1]).clamp(max=1)", "share = latest[1:]", NOISE),
     "doubt not squared": Bug("damping.py", "evidence.noise_to_signal * doubt**2", "evidence.noise_to_signal * doubt", "test_damping.py"),
     "confirmed at the start of the step": Bug("quadratic.py", "float(b[1] - M[1, 1] / 2)", "float(b[1] + M[1, 1] / 2)", f"test_quadratic.py {MULTIPLIER}"),

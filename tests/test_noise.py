@@ -40,8 +40,21 @@ def test_total_and_noise_are_those_of_the_data(inverse: str, shape: tuple[int, .
         model.zero_grad()
         mse_loss(model(x), y).backward()
         lengths = [torch.sum(v * preconditioner.metric.inverse.solve(state, v)) for v in (V, *singles)]
-        expected = torch.stack([lengths[0], torch.stack(lengths[1:]).sum() - lengths[0] / len(x)])
+        expected = torch.stack([lengths[0], (torch.stack(lengths[1:]).sum() - lengths[0] / len(x)) * 6 / 5])
         torch.testing.assert_close(told, expected, rtol=1e-8, atol=0)
+
+
+def test_noise_has_no_bias_and_one_datum_tells_none() -> None:
+    """Catches batches of one to four data that are taken for next to noiseless, and steps that learn them by heart."""
+    torch.manual_seed(0)
+    for data in (2, 3, 8):
+        g = 0.5 + torch.randn(100_000, data)
+        measured = torch.stack([g.sum(1).square(), g.square().sum(1), torch.full((len(g),), float(data))], dim=1)
+        noise_of = [told[1] for told in map(noise.split, measured[:4000]) if told is not None]
+        all_noise = (measured[:, 1] - measured[:, 0] / data) * data / (data - 1)
+        torch.testing.assert_close(torch.stack(noise_of), all_noise[:4000].clamp(min=0))
+        assert float(all_noise.mean()) == pytest.approx(data, rel=0.02)  # data gradients of variance 1
+    assert noise.split(torch.tensor([1.0, 1.0, 1.0])) is None
 
 
 @pytest.mark.parametrize("blocks", [(), (3,)])

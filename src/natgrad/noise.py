@@ -3,10 +3,11 @@
 The gradient V = Σ_n V_n is a sum over N data. In the metric P of the preconditioner, its squared length is that of its
 expectation plus that of its noise, and the second is known from the gradients of some of the data:
 
-    total   tr VᵀP(V)        noise   N · mean_n tr V_nᵀP(V_n) − total / N
+    total   tr VᵀP(V)        noise   (N · mean_n tr V_nᵀP(V_n) − total / N) · N / (N − 1)
 
-The share of noise in the total is averaged over steps, as it is noisy where the one hardly exceeds the other. The two
-themselves fall by orders of magnitude, and an average of them would be that of the first steps for long.
+The last factor is that of every variance from a sample, without which a single datum would have no noise. The share of
+noise in the total is averaged over steps, as it is noisy where the one hardly exceeds the other. The two themselves
+fall by orders of magnitude, and an average of them would be that of the first steps for long.
 """
 
 from collections.abc import Iterable, Sequence
@@ -71,11 +72,11 @@ def representatives(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split(measured: Tensor) -> Tensor | None:
-    """(total, noise) of one batch from what ``measure`` told of it, or None if no gradient of single data came."""
+    """(total, noise) of one batch from what ``measure`` told of it, without bias; None of fewer than two data."""
     total, energy, data = measured
-    if not data or not energy > 0 or not total > 0:
+    if data < 2 or not energy > 0 or not total > 0:
         return None
-    return torch.stack([total, (energy - total / data).clamp(min=0)])
+    return torch.stack([total, (energy - total / data).clamp(min=0) * data / (data - 1)])
 
 
 def remember(state: State, latest: Tensor, anew: bool) -> None:
