@@ -31,7 +31,7 @@ SAMPLE, TRUST, AVERAGING, RATES = "test_quadratic_sample.py", "test_trust.py", "
 JOINT, REST = "test_joint.py", "test_undeclared.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return (1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
-    "loss reduced by mean treated as a sum": Bug("criterion.py", "return self.weight if self.reduction == \"sum\" else self.weight / terms", "return self.weight", LINEAR),
+    "loss reduced by mean treated as a sum": Bug("criterion.py", "return self.weight if self.reduction == \"sum\" else self.weight / (terms or 1.0)", "return self.weight", LINEAR),
     "the 2 of torch's MSE forgotten": Bug("likelihoods.py", "return 1.0 if self.half else 2.0", "return 1.0", LINEAR),
     "empirical Fisher with R instead of 1/R": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return R", LINEAR),
     "A summed, not averaged": Bug("layers/moments.py", "weight = float(count)", "weight = 1.0", KINDS),
