@@ -185,8 +185,9 @@ class Forward:
 
     def is_outweighed(self, other: "Forward | None") -> bool:
         """Whether another pass, whose backward pass is done as well, tells more of the loss."""
-        both = other is not None and other.gradient is not None and self.gradient is not None
-        return both and other.data > self.data  # type: ignore[union-attr]
+        if other is None or other.gradient is None or self.gradient is None:
+            return False
+        return other.data > self.data
 
     @property
     def data(self) -> int:
