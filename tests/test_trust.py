@@ -139,8 +139,23 @@ def test_rates_become_smaller_where_a_batch_refutes_what_was_promised(
 ) -> None:
     """By its loss rising more than half of what was promised; a step that promised nothing shows nothing."""
     kept = Trust({"caution": torch.tensor([0.25])})
-    assert kept.judge(promised, change) == kept.caution == 0.25 * factor
-    assert Trust({}).judge(-1.0, -1.0) == 1.0
+    assert kept.judge(promised, change, lambda: change) == kept.caution == 0.25 * factor
+    assert Trust({}).judge(-1.0, -1.0, lambda: -1.0) == 1.0
+
+
+@pytest.mark.parametrize(("in_fact", "factor"), [(-0.5, trust.FORTH), (0.9, trust.BACK)])
+def test_what_the_model_refutes_is_looked_at_in_fact(in_fact: float, factor: float) -> None:
+    """And only that. Catches a first step that halves the loss, cut since the model's parabola rises at its end."""
+    kept, asked = Trust({"caution": torch.tensor([0.25])}), []
+
+    def look() -> float:
+        asked.append(True)
+        return in_fact
+
+    assert kept.judge(-1.0, -0.9, look) == 0.25 * trust.FORTH
+    assert not asked
+    assert kept.judge(-1.0, 0.9, look) == 0.25 * trust.FORTH * factor
+    assert asked
 
 
 def test_a_step_that_is_undone_makes_rates_smaller_and_there_is_a_least() -> None:

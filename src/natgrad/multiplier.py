@@ -305,9 +305,13 @@ class LossMultiplier:
             promised: Change of the loss that it promised.
         """
         if self.is_repeated and self._is_trusted and promised < 0:
-            change = -self.local.change({name: -s for name, s in step.items()})
+            change = self.changed_by(step)
             if math.isfinite(change):
                 Trust(self.state).witness(change / promised)
+
+    def changed_by(self, step: dict[str, Tensor]) -> float:
+        """By how much the previous step, by parameter name, has changed the loss of this batch."""
+        return -self.local.change({name: -s for name, s in step.items()})
 
     def reject(self) -> None:
         """No step was short enough to lower the loss: if s was never seen to be right, it is too small."""

@@ -7,7 +7,8 @@ A step is made for one batch, by blocks that know neither each other nor other d
   has only learnt its batch by heart. A quadratic model sees it, looking back; where that sees little and the batch is
   the same one, the loss itself is asked.
 - **Whether the next batch refutes a step**, its loss having risen by more than half of what the step promised to lower
-  its own. A batch that shows few of thousands of classes cannot tell how far to go. Rates are cut until steps stand.
+  its own, by the model and in fact. A batch that shows few of thousands of classes cannot tell how far to go. Rates
+  are cut until steps stand.
 - **The rate that the quadratic model chose.** It is one where the blocks are the curvature, and as much smaller as the
   curvature along their direction is larger than they say.
 
@@ -18,7 +19,7 @@ differential equations damping must fall to nothing, while noisy minibatches nee
 """
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -122,10 +123,17 @@ class Trust:
         """What rates are multiplied by, as steps were too long for the next batch."""
         return float(self.state["caution"]) if "caution" in self.state else 1.0
 
-    def judge(self, promised: float, change: float) -> float:
-        """Note how a step changed the loss of the next batch, if it promised a fall; ``caution`` from now on."""
+    def judge(self, promised: float, change: float, in_fact: Callable[[], float]) -> float:
+        """Note how a step changed the loss of the next batch, if it promised a fall; ``caution`` from now on.
+
+        Args:
+            promised: Change of the loss that it promised.
+            change: As the quadratic model sees it, looking back; of a long step that may be anything.
+            in_fact: Evaluates it, where the model refutes the step.
+        """
         if promised < 0:
-            self._heed(BACK if _refuted(promised, change) else FORTH)
+            refuted = _refuted(promised, change) and _refuted(promised, in_fact())
+            self._heed(BACK if refuted else FORTH)
         return self.caution
 
     def refutes(self, promised: float, change: float) -> bool:
