@@ -137,6 +137,7 @@ BUGS = {
     "all modules opened for one that is due": Bug("capture.py", "return any(layer.owner.name in self.due for layer in layers)", "return bool(self.due)", "test_few_rows.py"),
     "noise measured with every few rows": Bug("capture.py", "if self.sampling and self.whole:", "if self.sampling:", "test_few_rows.py"),
     "a given number averaged away": Bug("optimizer.py", "self.preconditioner.may_average = lr == momentum == \"auto\"", "self.preconditioner.may_average = True", RATES),
+    "denormal products": Bug("layers/moments.py", "without_denormal_products(at_least_float32(rows))", "at_least_float32(rows)", "test_factors.py"),
     "a parabola believed at the end of a long step": Bug("trust.py", " and _refuted(promised, in_fact())", "", TRUST),
     "the change of another step": Bug("multiplier.py", "        return -self.local.change({name: -s for name, s in step.items()})", "        return self.local.change(step)", "test_look_back.py"),
     "more data for a loss that is not quadratic": Bug("trust.py", "if halvings and doubtful and", "if halvings and", TRUST),
