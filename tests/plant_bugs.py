@@ -209,7 +209,7 @@ BUGS = {
     "a step judged before the scaler is known": Bug("preconditioner.py", "            if finite:  # first,", "            if stands is not None and not stands(self.multiplier, finite):\n                return False\n            if finite:  # first,", MULTIPLIER),
     "single data's gradients with the scaler's factor": Bug("noise.py", "(rows[1].shape[-3] * scaler**2)", "rows[1].shape[-3]", MULTIPLIER),
     "the empirical Fisher of the multiplied loss": Bug("batch.py", "(R * self.multiplier**2)", "R", MULTIPLIER),
-    "a scaler's doubling overlooked": Bug("multiplier.py", "STEADY, EVERY = math.sqrt(2.0), 16", "STEADY, EVERY = 3.0, 16", MULTIPLIER),
+    "a scaler that comes late overlooked": Bug("multiplier.py", "is_seen and 1 / NOISE < growth < NOISE and", "is_seen and", MULTIPLIER),
     "a pass at every step for a scaler that stays": Bug("multiplier.py", "        if product != 1 and self._is_steady(product / before):", "        if False:", MULTIPLIER),
     "a scaler never looked at again": Bug("multiplier.py", ' and float(self.state["step"]) % EVERY != 0', "", MULTIPLIER),
     "soft targets taken for labels": Bug("multiplier.py", "variety > max(VARIETY, EVIDENCE * (1 - low / top))", "True", MULTIPLIER),

@@ -218,6 +218,15 @@ def test_a_gradient_scaler_changes_nothing(name: str, factor: float, growth: flo
     assert_close(parameters(other), parameters(one), 1e-9)
 
 
+def test_a_gradient_scaler_may_come_in_the_middle() -> None:
+    """Catches one that is taken for a loss that is multiplied by as much."""
+    one, other = (natgrad.KFAC(network(), "cross_entropy") for _ in range(2))
+    steps(one, cross_entropy, range(2, 10), 64.0)
+    steps(other, cross_entropy, range(2, 6), 64.0)
+    steps(other, cross_entropy, range(6, 10), 64.0, torch.amp.GradScaler("cpu", init_scale=2.0**12))
+    assert_close(parameters(other), parameters(one), 1e-9)
+
+
 @pytest.mark.parametrize("scale", [None, 2.0**12])
 def test_passes_that_tell_scalers_from_factors_are_rare(scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a pass of the model at every step of a loop that multiplies its loss."""

@@ -16,7 +16,7 @@ at the output, g_f, which natgrad sees. Three things tell S s:
   of noise is taken off. A step s ≫ 1 times too long is taken back, once it is seen to be.
 
 S alone is a ratio: gᵀd, of the parameters' gradient, is what g_f · (J d) would be without it. That takes a pass of the
-model, and is looked at where S s was seen to change by as much as a scaler does, and now and then.
+model, and is looked at where S s has changed by much, and now and then.
 """
 
 import math
@@ -50,9 +50,8 @@ SUSPECT = 3.0
 GROWTH = 1.5
 # So much smaller s becomes by one step at most: a short step shows noise rather than curvature.
 SHRINK = 0.1
-# Gradient scalers double or halve. Where S s is known and has changed by less than STEADY since the step before, they
-# did neither, unless s changed as much the other way: every so many steps it is looked at all the same.
-STEADY, EVERY = math.sqrt(2.0), 16
+# What is known of S is looked at again every so many steps.
+EVERY = 16
 
 
 def at_least(forward: Forward, likelihood: Likelihood, terms: float) -> tuple[float, bool]:
@@ -265,9 +264,9 @@ class LossMultiplier:
         return factor <= 1
 
     def _is_steady(self, growth: float) -> bool:
-        """Whether a gradient scaler is what it was, after S s was seen to become so many times larger."""
+        """Whether there is a gradient scaler as before, after S s was seen to become so many times larger."""
         is_seen = "multiplier" in self.state and self.bound[1]
-        return is_seen and 1 / STEADY < growth < STEADY and float(self.state["step"]) % EVERY != 0
+        return is_seen and 1 / NOISE < growth < NOISE and float(self.state["step"]) % EVERY != 0
 
     @property
     def promised(self) -> float:
