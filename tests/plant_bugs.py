@@ -154,6 +154,7 @@ BUGS = {
     "the same of several heads": Bug("batch.py", "columns] += some", "columns] = some", "test_capture.py"),
     "a look at derivatives taken for the loss": Bug("batch.py", "is_of_loss, differentiates_again = _reaches(self.trained),", "is_of_loss, differentiates_again = True,", "test_capture.py"),
     "a penalty's derivative kept beside the loss's": Bug("batch.py", "            self.gradient, self.is_makeshift = None, False\n", "            self.is_makeshift = False\n", "test_capture.py"),
+    "the gradient of a frozen parameter asked for": Bug("batch.py", " if p.requires_grad)  # some", ")  # some", "test_capture.py"),
     "differences taken for exact slopes": Bug("quadratic.py", "not is_all or self._reasons or", "not is_all or", "test_quadratic.py"),
     "no targets divided by": Bug("criterion.py", "self.weight / (terms or 1.0)", "self.weight / terms", "test_degenerate.py"),
     "a share of no targets": Bug("quadratic.py", "(forward.terms(likelihood) / terms if terms else 1.0)", "forward.terms(likelihood) / terms", "test_degenerate.py"),

@@ -377,6 +377,18 @@ def test_backward_passes_add_up_and_a_look_at_derivatives_is_none(backward: Back
     torch.testing.assert_close(latest.gradient, expected.detach())
 
 
+def test_a_look_at_derivatives_is_none_where_a_layer_was_frozen_on_the_way() -> None:
+    """Catches a parameter that takes no gradient any more and is asked for one."""
+    preconditioner = natgrad.Preconditioner(network(), "mse")
+    preconditioner.model[0].requires_grad_(False)
+    x = torch.randn(5, 3, requires_grad=True)
+    expected = looked_at_afterwards(x, preconditioner.model(x))
+    latest = preconditioner.capture.take().latest
+    assert latest is not None
+    assert latest.gradient is not None
+    torch.testing.assert_close(latest.gradient, expected.detach())
+
+
 class Heads(nn.Module):
     """The two outputs of a network under two names."""
 

@@ -70,7 +70,7 @@ class Forward:
         chance: The random streams before it, if it drew from them.
         multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
         ear: Tells whether a gradient arrived or may arrive.
-        is_makeshift: Whether that is a derivative that may enter the loss, for want of one of the loss itself.
+        is_makeshift: Whether ``gradient`` is of a derivative that may enter the loss, for want of the loss's own.
         trained: Parameters of the layers; a pass that brings none of them a gradient is no backward pass of the loss.
         lengths: Of the heads, if these have different numbers of data: then rows of the output are no data.
     """
@@ -352,8 +352,9 @@ def _reaches(parameters: Sequence[nn.Parameter]) -> bool:
     """
     if not parameters or any(map(is_sharded, parameters)):
         return True
+    nodes = (get_gradient_edge(p).node for p in parameters if p.requires_grad)  # some may be frozen by now
     try:
-        return any(torch._C._will_engine_execute_node(get_gradient_edge(p).node) for p in parameters)
+        return any(map(torch._C._will_engine_execute_node, nodes))
     except RuntimeError:  # of `torch.autograd.grad` with parameters
         return True
 
