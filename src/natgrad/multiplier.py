@@ -239,16 +239,15 @@ class LossMultiplier:
             step: The previous one, by parameter name.
         """
         slope, bend, _, _ = self._promise
-        back_there = {name: -s for name, s in step.items()}
         if not self._finite_output:
-            if not self.local.is_finite(back_there):
+            if not self.local.is_finite({name: -s for name, s in step.items()}):
                 return True
             self.reject()
             return False
-        self.local.change(back_there)
+        change = self.changed_by(step)
         back, fresh_bend = self.local.parts
         if self._is_trusted:
-            return not Trust(self.state).refutes(self.promised, -(back + fresh_bend / 2))
+            return not Trust(self.state).refutes(self.promised, change)
         # By the slope that its own batch saw at its start: so much of that is noise, and was never there on other data.
         noise = 0.0 if self.is_repeated else self._noise()
         most, least = -back - slope, -back - (1 - noise) * slope

@@ -15,7 +15,6 @@ is remembered, so that the next batch can tell how much of it was true.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -123,7 +122,7 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
 
     def judge(change: float) -> float:
         # What nothing refutes stands.
-        return trust.judge(promised, change if is_witness else promised, partial(multiplier.changed_by, course.back))
+        return trust.judge(promised, change if is_witness else promised, lambda: multiplier.changed_by(course.back))
 
     c, told = quadratic.choose(multiplier.local, directions, b, given[: len(directions)], rest.along, judge)
     slope, bend = (own + more for own, more in zip(multiplier.local.parts, rest.parts(c), strict=True))
@@ -212,7 +211,7 @@ def _measured(
     more = rest.along(multiplier.local, directions, total)
     M = M if more is None else M + more.curvature
     if course.whole and len(total) > 1:
-        trust.judge(promised, quadratic.looking_back(total, M), partial(multiplier.changed_by, course.back))
+        trust.judge(promised, quadratic.looking_back(total, M), lambda: multiplier.changed_by(course.back))
     pace.measure(slopes.averaged, float(M[0, 0]), due)
     b, c = torch.zeros(2, len(directions), dtype=torch.float64)
     b[0], b[1:], c[0] = -slopes.fresh * slopes.averaged, slopes.back, slopes.fresh * pace.rate * trust.caution
