@@ -65,6 +65,18 @@ def test_files_put_into_the_cache_by_hand_need_no_network(small_mnist):
     assert data.test_labels.tolist() == [9]
 
 
+def test_a_file_that_was_compressed_anew_is_the_same_file(small_mnist, monkeypatch):
+    put_all(small_mnist)
+    name = "train-labels-idx1-ubyte.gz"
+    content = gzip.decompress(FILES[name])
+    (small_mnist / name).write_bytes(gzip.compress(content, compresslevel=1, mtime=1))
+    monkeypatch.setitem(mnist.MD5_UNPACKED, name, hashlib.md5(content).hexdigest())
+    assert mnist.download().train_labels.tolist() == [7, 8]
+    (small_mnist / name).write_bytes(FILES[name][:-9])
+    with pytest.raises(DownloadError, match="train-labels"):
+        mnist.download()
+
+
 def test_offline_message_says_what_from_where_and_what_to_do(small_mnist):
     put_all(small_mnist)
     (small_mnist / "t10k-labels-idx1-ubyte.gz").unlink()

@@ -8,7 +8,9 @@ code, the number of dimensions, the dimensions), then the bytes.
 """
 
 import gzip
+import hashlib
 import struct
+import zlib
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from natgrad.experiments.download import fetch
+from natgrad.experiments.download import cache_folder, fetch
 
 DATA = files("natgrad.experiments") / "data"
 
@@ -30,6 +32,13 @@ MD5 = {
     "train-labels-idx1-ubyte.gz": "d53e105ee54ea30749a09fcbcd1e9432",
     "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+# Of what is in them: a file put into the cache by hand may have been compressed anew.
+MD5_UNPACKED = {
+    "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
 }
 
 _WITHOUT = (
@@ -77,7 +86,18 @@ def download() -> Mnist:
 
 
 def _fetch(name: str) -> Path:
+    cached = cache_folder() / name
+    if cached.is_file() and _unpacked_md5(cached) == MD5_UNPACKED[name]:
+        return cached
     return fetch(name, [mirror + name for mirror in MIRRORS], f"md5:{MD5[name]}", _WITHOUT)
+
+
+def _unpacked_md5(path: Path) -> str | None:
+    """None where the file cannot be unpacked."""
+    try:
+        return hashlib.md5(gzip.decompress(path.read_bytes())).hexdigest()
+    except (OSError, EOFError, zlib.error):
+        return None
 
 
 def _images(content: bytes) -> Tensor:
