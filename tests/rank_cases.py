@@ -33,6 +33,7 @@ class Case(NamedTuple):
         micro: Number of micro-batches, accumulated without communication up to the last.
         dtype: Of the parameters.
         sgd: Whether natgrad.Preconditioner comes before SGD, instead of natgrad.KFAC.
+        penalty: How much of the parameters' squared length the loop adds to the loss.
         noise: Whether targets have nothing to do with the inputs, so that gradients are averaged over batches.
     """
 
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     micro: int = 1
     dtype: torch.dtype = torch.float64
     sgd: bool = False
+    penalty: float = 0.0
     noise: bool = False
 
 
@@ -141,7 +143,9 @@ class Training:
             if isinstance(self.trained, DistributedDataParallel):
                 self.trained.require_backward_grad_sync = number == len(micro) - 1
             loss = LOSSES[self.case.loss](self.trained(x), y)
-            (loss * (len(x) * (1 if self.ranks is None else self.size) / DATA)).backward()
+            own = loss * (len(x) * (1 if self.ranks is None else self.size) / DATA)
+            rest = self.case.penalty * torch.stack([p.square().sum() for p in self.model.parameters()]).sum()
+            (own + rest if self.case.penalty else own).backward()
 
     def steps(self, first: int, last: int) -> "Training":
         for step in range(first, last):

@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 
 import natgrad
 from kfac_cases import assert_same, backward, batch, every_mode, network, train, values
+from natgrad.groups import FALLBACK_RATE
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -170,8 +171,8 @@ def test_a_scheduler_is_copied_with_its_optimizer() -> None:
     _, other, other_scheduler = copy.deepcopy((optimizer.preconditioner.model, optimizer, scheduler))
     train(other, 1)
     other_scheduler.step()
-    assert [group["lr"] for group in other.param_groups] == [0.1, 1e-3 / 4]
-    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 1e-3 / 2]
+    assert [group["lr"] for group in other.param_groups] == [0.1, FALLBACK_RATE / 4]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, FALLBACK_RATE / 2]
     assert other.diagnostics()["lr"] == 0.2
 
 

@@ -2,14 +2,16 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import natgrad
 from natgrad import derivatives
-from natgrad.derivatives import along, central_difference, directional_derivative
+from natgrad.derivatives import Smoothness, along, central_difference, directional_derivative
 from oracle import relative_error
 from quadratic_cases import Direction, directions_of, network
 
@@ -181,3 +183,48 @@ def test_differences_of_such_networks_look_further_or_not_at_all(change: float, 
     _, (told,) = along(counted, parameters, [direction], step, data=10**6, differentiates=lambda: True)
     assert calls - (passes == 3) == passes  # forward-mode differentiation by a transform is tried first
     assert relative_error(told, product) < 0.2
+
+
+class Rounded(nn.Module):
+    """Its derivative is declared to be that of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + ((8 * x).round() / 8 - x).detach()
+
+
+@pytest.mark.parametrize("jumps", [False, True])
+def test_differences_across_jumps_are_not_taken_for_derivatives(jumps: bool) -> None:
+    """They grow as steps shrink, and rates would collapse: ever shorter steps see ever more curvature."""
+    torch.manual_seed(0)
+    unit = Rounded() if jumps else nn.Softplus()
+    model = nn.Sequential(nn.Linear(40, 300), unit, nn.Linear(300, 300), unit, nn.Linear(300, 5)).float()
+    x = torch.randn(300, 40, dtype=torch.float32)
+    output, parameters = function(model, x), {n: p.detach() for n, p in model.named_parameters()}
+    direction = {n: torch.randn_like(p) for n, p in parameters.items()}
+    state: dict[str, Any] = {}
+    for step, times in ((1, 0.1), (2, 0.01), (20, 0.001), (21, 0.001)):
+        state["step"] = torch.tensor(float(step))
+        previous = {n: times * d for n, d in direction.items()}
+        _, (product,) = along(output, parameters, [direction], previous, 300, smoothness=Smoothness(state))
+        assert float(state["smooth"]) == (0 if jumps else 1 if step < 20 else 2)
+        if jumps:
+            expected = central_difference(output, parameters, direction)[1][1]
+        else:
+            expected = directional_derivative(output, parameters, direction)[1][1]
+        assert relative_error(product, expected) < (1e-6 if jumps else 0.02)
+
+
+def test_quantized_networks_learn() -> None:
+    """With differences across jumps the rate falls to 1e-5, and the loss stays above 0.4."""
+    torch.manual_seed(0)
+    inner = [nn.Linear(40, 128), Rounded(), nn.ReLU(), nn.Linear(128, 128), Rounded(), nn.ReLU()]
+    model = nn.Sequential(*inner, nn.Linear(128, 5)).float()
+    x = torch.randn(1000, 40, dtype=torch.float32)
+    y = (x[:, :5] * x[:, 5:10]).argmax(1)
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    for step in range(60):
+        part = slice(step % 5 * 200, step % 5 * 200 + 200)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+        optimizer.step()
+    assert nn.functional.cross_entropy(model(x), y) < 0.3

@@ -22,6 +22,8 @@ CASES = {
     "eigen": Case({"inverse": "eigen", "damping": 0.1}),
     "ekfac": Case({"inverse": "ekfac", "inverse_period": 3}),
     "accumulated": Case(micro=3),
+    "penalty": Case(penalty=1.0),
+    "penalty, uneven": Case(penalty=1.0, uneven=True),
     "noise, uneven": Case(noise=True, uneven=True),
     "noise, classes, memory": Case(loss="cross_entropy", noise=True, inverses="memory"),
     "noise, fsdp": Case(wrapper="fsdp", noise=True),
@@ -43,7 +45,8 @@ CASES = {
     "fsdp, empirical, half": Case({"fisher": "empirical"}, wrapper="fsdp", inverses=0.5),
     "fsdp, float32": Case(dtype=torch.float32, wrapper="fsdp"),
 }
-QUICK = ["accumulated", "memory, eigen", "half, uneven", "fsdp", "before SGD, half, clipped", "noise, uneven"]
+QUICK = ["accumulated", "penalty, uneven", "memory, eigen", "half, uneven", "fsdp", "noise, uneven"]
+QUICK += ["before SGD, half, clipped"]
 FOUR = {"hsdp": Case(wrapper="hsdp"), "hsdp, given": Case(GIVEN, wrapper="hsdp", inverses="memory")}
 
 
@@ -52,6 +55,7 @@ def train(size: int, cases: list[Case]) -> list[Tensor]:
     return [Training(case, some, size).steps(0, STEPS).parameters() for case in cases]
 
 
+@pytest.mark.filterwarnings("ignore:natgrad. the loop's loss has terms:RuntimeWarning")
 @pytest.mark.parametrize(
     ("size", "cases"),
     [

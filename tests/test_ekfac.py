@@ -298,3 +298,12 @@ def test_a_table_tied_to_a_head_keeps_the_kronecker_eigenvalues() -> None:
 def test_the_forward_fisher_has_no_gradients() -> None:
     with pytest.raises(ValueError, match=r'`inverse="ekfac"` needs gradients, and `fisher="forward"` has none'):
         natgrad.Preconditioner(stack([3, 2]), fisher="forward", inverse="ekfac")
+
+
+def test_data_that_can_be_gone_through_once_are_refused() -> None:
+    """The second pass would be empty, and K-FAC returned in the place of EKFAC."""
+    model, x, y = nn.Linear(3, 2), torch.randn(8, 3), torch.randn(8, 2)
+    pairs = list(zip(x.split(4), y.split(4), strict=True))
+    with pytest.raises(ValueError, match="goes through `x` twice"):
+        natgrad.curvature(model, iter(pairs), loss="mse", ekfac=True)
+    assert natgrad.curvature(model, pairs, loss="mse", ekfac=True)[""].ekfac

@@ -20,7 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
 import ranks
+from natgrad.damping import Damping
 from natgrad.distributed import Piece, deal, holders, pack, unpack
+from natgrad.exchange import blank, inverse_pieces
+from natgrad.inverses import EkfacInverse
 from rank_cases import Case, Ranks, Training, relative
 
 INVERSES = {"comm": "comm", "memory": "memory", "half": 0.5}
@@ -313,3 +316,15 @@ def test_the_example_runs() -> None:
     assert len(losses) == 20, done.stderr
     assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr
     assert losses[-1] < losses[0] / 2
+
+
+def test_an_age_is_not_sent_with_tensors_of_the_device() -> None:
+    """It is a number on the CPU, and one wherever it would be sent."""
+    inverse = EkfacInverse()
+    state = {"A": torch.eye(3, dtype=torch.float64), "G": torch.eye(2, dtype=torch.float64)}
+    owned = inverse.factorize(**state, damping=Damping(0.1, 0.1))
+    assert {t.shape for t in owned.values()} - {p.tensor.shape for p in inverse_pieces(inverse.names, owned)} == {()}
+    room = blank(inverse.names, {name: factor.to("meta") for name, factor in state.items()})
+    assert {name for name, t in room.items() if t.device.type == "cpu"} == {"spectrum_age"}
+    assert torch.equal(room["spectrum_age"], owned["spectrum_age"])
+    assert {name: t.shape for name, t in room.items()} == {name: t.shape for name, t in owned.items()}

@@ -1,5 +1,6 @@
 """Parameter groups of KFAC: what is trained, by whom, at which rate; and what is refused."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import natgrad
 from kfac_cases import AUTO, NUMERIC, assert_same, backward, batch, network, train, values
+from natgrad.groups import FALLBACK_RATE
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -162,7 +164,7 @@ def test_layers_left_out_are_left_alone_until_they_are_added() -> None:
     assert moved(optimizer, before) == set(dict(model.named_parameters()))
     assert [group["fallback"] for group in optimizer.param_groups] == [False, False, True]
     assert optimizer.param_groups[1]["lr"] == NUMERIC["lr"]
-    assert optimizer.param_groups[2]["lr"] == 1e-3
+    assert optimizer.param_groups[2]["lr"] == FALLBACK_RATE
 
 
 def test_adamw_trains_a_layer_on_request() -> None:
@@ -247,7 +249,8 @@ def test_what_a_group_cannot_be_is_refused_and_nothing_changes() -> None:
             optimizer.add_param_group(group)
         assert len(optimizer.param_groups) == groups
         assert_same(values(optimizer), before)
-    train(optimizer, 1)
+    with pytest.warns(UserWarning, match="will not be trained"):
+        train(optimizer, 1)
     assert torch.equal(model[0].weight, before["0.weight"])
 
 
@@ -270,3 +273,74 @@ def test_a_rate_of_zero_stops_all_and_training_goes_on_after_it(mode: dict[str, 
         group["lr"] = torch.tensor(rate)
     train(optimizer, 1)
     assert len(moved(optimizer, before)) == 5
+
+
+class Sum(nn.Module):
+    """Two linear layers side by side, so that a squared error is quadratic in all parameters together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x.sin())
+
+
+def test_the_step_that_was_taken_is_looked_back_at_where_rates_are_uneven() -> None:
+    """And not what the rates leave of it; catches trust that is never gathered where a group has a rate of its own."""
+    model = Sum()
+    groups = [{"params": model.a.parameters(), "lr": 0.5}, {"params": model.b.parameters(), "lr": 0.8}]
+    optimizer = natgrad.KFAC(model, "mse", params=groups, batch_fraction=1.0, damping=1.0)
+    x, y = torch.randn(40, 3), torch.randn(40, 2)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    told = optimizer.diagnostics()
+    assert told["previous_change"] == pytest.approx(losses[-1] - losses[-2], rel=1e-8)
+    assert told["confirmed"] == pytest.approx(1.0)
+    assert told["momentum"] != 0
+
+
+def test_a_layer_that_is_unfrozen_later_is_told_of_once() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = natgrad.KFAC(model, "mse")
+    train(optimizer, 0)
+    model[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias got a gradient, and will not be trained"):
+        train(optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(optimizer, 2)
+    other = natgrad.KFAC(model, "mse", params=model[3].parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(other, 1)
+
+
+def test_a_layer_that_was_added_is_trained_without_a_word() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = natgrad.KFAC(model, "mse")
+    train(optimizer, 0)
+    optimizer.add_param_group({"params": model[0].requires_grad_(True).parameters()})
+    before = values(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(optimizer, 1)
+    assert "0.weight" in moved(optimizer, before)
+
+
+def test_options_of_adamw_belong_in_its_group() -> None:
+    model = network()
+    with pytest.raises(TypeError, match=r"natgrad\.KFAC has no option 'betas'; .*batch_fraction.*\"fallback\": True"):
+        natgrad.KFAC(model, "mse", betas=(0.9, 0.99))  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"`betas` are AdamW's"):
+        natgrad.KFAC(model, "mse", params=[{"params": model.parameters(), "betas": (0.9, 0.99)}])
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "betas": (0.9, 0.99)}]
+    assert natgrad.KFAC(model, "mse", params=groups).param_groups[1]["betas"] == (0.9, 0.99)

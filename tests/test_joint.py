@@ -390,3 +390,31 @@ def test_outputs_that_are_not_as_declared(returned: Any, error: type[Exception],
 def test_it_is_told_by_its_name() -> None:
     told = repr(Joint({"a": Part(0.5, Gaussian()), 1: Part(1.0, Poisson())}))
     assert told == "Joint('a': 0.5 * Gaussian(reduction='mean'), 1: 1 * Poisson(reduction='mean'))"
+
+
+def test_micro_batches_may_have_other_shapes() -> None:
+    """The largest tells how far to go, whichever came last; catches heads that are cut as the latest were."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 3), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"class": self.a(x).movedim(-1, 1), "size": self.b(x)}
+
+    steps = []
+    for order in (1, -1):
+        torch.manual_seed(0)
+        model = Positions()
+        optimizer = natgrad.KFAC(model, {"class": "cross_entropy", "size": "mse"}, fisher="exact")
+        for _ in range(3):
+            optimizer.zero_grad()
+            for data, positions in [(40, 10), (30, 12)][::order]:
+                x = torch.randn(data, positions, 5, generator=torch.Generator().manual_seed(data))
+                out = model(x)
+                value = cross_entropy(out["class"], (x[..., 0] > 0).long()) + mse_loss(out["size"], x[..., :2])
+                (value / 2).backward()
+            optimizer.step()
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*steps, rtol=1e-9, atol=1e-12)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import cross_entropy, gaussian_nll_loss, kl_div, smooth_l1_loss
 
 import natgrad
@@ -438,3 +439,35 @@ def test_gradients_of_a_cross_entropy_are_known_as_such(shape: tuple[int, ...], 
     (gradient,) = torch.autograd.grad(cross_entropy(logits, labels), logits)
     natgrad.likelihoods.Categorical().check_gradient(gradient.float())
     natgrad.likelihoods.Categorical().check_gradient(torch.zeros(shape))
+
+
+def test_a_loss_module_may_be_called_with_its_arguments_in_any_order() -> None:
+    """Catches a target that is taken for the variance."""
+    factors = []
+    for by_name in (False, True):
+        torch.manual_seed(0)
+        model, told = nn.Linear(3, 2), nn.GaussianNLLLoss()
+        preconditioner = natgrad.Preconditioner(model, told, fisher="exact", damping=0.1)
+        x, y, variance = torch.randn(8, 3), torch.randn(8, 2), torch.rand(8, 2) + 0.1
+        f = model(x)
+        (told(var=variance, target=y, input=f) if by_name else told(f, y, variance)).backward()
+        preconditioner.update()
+        factors.append(preconditioner.factors()[""][1])
+    assert torch.equal(*factors)
+
+
+@pytest.mark.parametrize("called", [functional.mse_loss, functional.binary_cross_entropy_with_logits])
+def test_another_loss_than_cross_entropy_is_told_of(called: Any) -> None:
+    model, x = nn.Linear(3, 4), torch.randn(16, 3)
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    called(model(x), torch.ones(16, 4)).backward()
+    with pytest.warns(RuntimeWarning, match=r"the gradient that arrived at the output is not that of Categorical"):
+        optimizer.step()
+
+
+def test_an_empty_first_batch_is_no_other_loss() -> None:
+    model = nn.Linear(3, 4)
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    functional.cross_entropy(model(torch.zeros(0, 3)), torch.zeros(0, dtype=torch.long), reduction="sum").backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -202,3 +202,20 @@ def test_a_gpt_learns_as_well_under_autocast() -> None:
     single, half = gpt_after(200, half=False), gpt_after(200, half=True)
     assert single < 2.6  # from log 97 = 4.6
     assert half < 1.03 * single  # rounding alone may bring it 5 % below, as another seed would
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_of_half_precision_may_rely_on_autocast(dtype: torch.dtype) -> None:
+    """natgrad's own passes are without it, and would not multiply them with weights of single precision."""
+    model = classifier()
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    x, y = data(0)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss = cross_entropy(model(x.to(dtype)).float(), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2

@@ -1,6 +1,7 @@
 """By what the loop multiplies its loss: found from labels, from the loss module, or from a step that was taken."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 import natgrad
 from kfac_cases import assert_same, values
 from kfac_cases import network as with_adamw
-from natgrad import quadratic
+from natgrad import local_model
 from natgrad.batch import Forward
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson
 from natgrad.multiplier import EVERY, LossMultiplier, at_least
@@ -230,13 +231,13 @@ def test_a_gradient_scaler_may_come_in_the_middle() -> None:
 @pytest.mark.parametrize("scale", [None, 2.0**12])
 def test_passes_that_tell_scalers_from_factors_are_rare(scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a pass of the model at every step of a loop that multiplies its loss."""
-    optimizer, passes, slope = natgrad.KFAC(network(), "cross_entropy"), list[int](), quadratic.LocalModel.slope
+    optimizer, passes, slope = natgrad.KFAC(network(), "cross_entropy"), list[int](), local_model.LocalModel.slope
 
-    def counted(local: quadratic.LocalModel, direction: dict[str, Tensor]) -> float:
+    def counted(local: local_model.LocalModel, direction: dict[str, Tensor]) -> float:
         passes.append(optimizer.preconditioner.steps)
         return slope(local, direction)
 
-    monkeypatch.setattr(quadratic.LocalModel, "slope", counted)
+    monkeypatch.setattr(local_model.LocalModel, "slope", counted)
     scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
     for seed in range(4 * EVERY):  # some steps are undone
         if optimizer.preconditioner.steps <= 2 * EVERY:
@@ -430,3 +431,41 @@ def test_a_step_is_doubted_where_the_loss_rises_at_its_end(
     cross_entropy(optimizer.preconditioner.model(random(6, 3)), torch.arange(6) % 2).backward()
     optimizer.step()
     assert doubts == [expected]
+
+
+@pytest.mark.parametrize(("scaler", "clipped"), [(1.0, True), (1.0, False), (2.0**6, False), (2.0**16, False)])
+def test_clipped_gradients_are_not_taken_for_those_of_a_scaler(scaler: float, clipped: bool) -> None:
+    """Of a squared error the gradients alone tell; a scaler is a power of two. Clipping shortens the step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x, y = torch.randn(300, 4), 50 * torch.randn(300, 2)
+    optimizer = natgrad.KFAC(model, "mse")
+    (scaler * mse_loss(model(x), y)).backward()
+    for p in model.parameters():
+        p.grad /= scaler
+    if clipped:
+        length = float(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05 * length)
+        with pytest.warns(RuntimeWarning, match=r"the gradients were clipped to 0\.05 of their length"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    known = optimizer.state[model[0].weight]["multiplier"].tolist()
+    assert known == [1.0, 1.0 if clipped else scaler]
+
+
+def test_a_clipped_step_is_as_much_shorter() -> None:
+    lengths = []
+    for share in (1.0, 0.1):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        x, y = torch.randn(300, 4), 50 * torch.randn(300, 2)
+        optimizer = natgrad.KFAC(model, "mse", batch_fraction=1.0, damping=1e-3)
+        mse_loss(model(x), y).backward()
+        for p in model.parameters():
+            p.grad *= share
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        lengths.append(optimizer.diagnostics()["step_norm"])
+    assert lengths[1] == pytest.approx(0.1 * lengths[0], rel=1e-6)

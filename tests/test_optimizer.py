@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import natgrad
 from kfac_cases import AUTO, NUMERIC, backward, batch, every_mode, network, train, values
 from linear_cases import stack
-from natgrad import preconditioner, quadratic
+from natgrad import local_model, preconditioner, quadratic
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -287,7 +287,7 @@ def test_where_no_step_lowers_the_loss_the_parameters_stay(monkeypatch: pytest.M
     train(optimizer, 0)
     before = values(optimizer)
     with monkeypatch.context() as patch:
-        patch.setattr(quadratic.LocalModel, "change", lambda self, step: 1.0)
+        patch.setattr(local_model.LocalModel, "change", lambda self, step: 1.0)
         train(optimizer, 1)
     after, diagnostics = values(optimizer), optimizer.diagnostics()
     assert [diagnostics[key] for key in ("lr", "momentum", "halvings")] == [0.0, 0.0, float(quadratic.HALVINGS)]

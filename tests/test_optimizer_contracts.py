@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 
 import natgrad
 from kfac_cases import NUMERIC, assert_same, backward, batch, every_mode, network, train, values
+from natgrad.groups import FALLBACK_RATE
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -42,7 +43,7 @@ def test_a_scheduler_changes_a_numeric_rate() -> None:
         scheduler.step()
         rates.append(optimizer.diagnostics()["lr"])
     assert rates == [0.4, 0.2, 0.1]
-    assert optimizer.param_groups[1]["lr"] == 1e-3 / 8
+    assert optimizer.param_groups[1]["lr"] == FALLBACK_RATE / 8
 
 
 @pytest.mark.parametrize("momentum", ["auto", 0.5])

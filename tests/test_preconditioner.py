@@ -381,3 +381,10 @@ def test_the_state_of_another_model_is_refused_whole(other: nn.Module, text: str
         preconditioner.load_state_dict(training.preconditioner.state_dict())
     assert preconditioner.factors() == {}
     assert preconditioner.steps == 0
+
+
+def test_replicas_in_threads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = nn.DataParallel(stack([3, 2]))
+    monkeypatch.setattr(wrapped, "device_ids", [0, 1], raising=False)
+    with pytest.raises(TypeError, match="DistributedDataParallel, as torch itself recommends"):
+        natgrad.Preconditioner(wrapped, "mse")

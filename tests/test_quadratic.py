@@ -13,16 +13,12 @@ from torch.nn.functional import mse_loss
 
 import natgrad
 from cases import MSE, Loss, data_for, every_loss
-from natgrad import derivatives, quadratic
+from natgrad import derivatives, local_model
 from natgrad.batch import Forward
 from natgrad.likelihoods import Gaussian
+from natgrad.local_model import LocalModel
 from natgrad.losses import resolve
-from natgrad.quadratic import (
-    LocalModel,
-    choose,
-    combine,
-    minimize,
-)
+from natgrad.quadratic import choose, combine, minimize
 from oracle import relative_error
 from quadratic_cases import Direction, directions_of, network
 
@@ -44,7 +40,7 @@ def dense(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, directions: list[D
     return V.T @ J.T @ H @ J @ V
 
 
-def local_model(
+def model_of(
     model: nn.Module, told: Any, args: tuple[Any, ...], terms: float | None = None, **options: Any
 ) -> LocalModel:
     """Around the model's own output, as if its forward pass had been captured."""
@@ -62,7 +58,7 @@ def test_differences_are_no_exact_slopes() -> None:
     model, x = nn.LSTM(3, 2).float(), torch.randn(4, 5, 3, dtype=torch.float32)
     for linear in (True, False):
         direction = {"weight": torch.randn(2, 3)} if linear else {"bias_hh_l0": torch.randn(8)}
-        local = local_model(
+        local = model_of(
             nn.Linear(3, 2).float() if linear else model,
             "mse",
             (x,),
@@ -76,7 +72,7 @@ def test_differences_are_no_exact_slopes() -> None:
 def of_natgrad(
     model: nn.Module, told: Any, x: Tensor, directions: list[Direction], terms: float | None = None
 ) -> Tensor:
-    return local_model(model, told, (x,), terms).curvature(directions)
+    return model_of(model, told, (x,), terms).curvature(directions)
 
 
 @every_loss
@@ -96,7 +92,7 @@ def test_buffers_parameters_and_chance_stay_as_they_were() -> None:
     model, x = nn.Sequential(*network(), nn.Dropout(0.5)), torch.randn(6, 3)
     model(x)
     before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
-    local = local_model(model.eval(), "mse", (x,))
+    local = model_of(model.eval(), "mse", (x,))
     model.train()
     with torch.no_grad():
         local.curvature(directions_of(model))
@@ -117,12 +113,12 @@ def test_all_directions_see_the_same_dropout() -> None:
 @every_loss
 def test_a_part_of_identical_data_stands_for_all(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a scale that belongs to the part, of a sum above all."""
-    monkeypatch.setattr(quadratic, "MIN_DATA", 4)
+    monkeypatch.setattr(local_model, "MIN_DATA", 4)
     model, seen = network().eval(), []
     x, y = data_for(model, loss, torch.randn(1, 3))
     x, y = x.expand(12, 3), y.expand(12, *y.shape[1:])
     directions = directions_of(model)
-    local = local_model(model, loss.told, (x,), select=lambda f: seen.append(len(f)) or f)
+    local = model_of(model, loss.told, (x,), select=lambda f: seen.append(len(f)) or f)
     with torch.no_grad():
         M = local.curvature(directions)
     assert seen == [12, 4, 4, 4]  # the user's pass, one to see that the network takes four, and one for each direction
@@ -160,7 +156,7 @@ def test_keyword_inputs_and_selected_outputs() -> None:
 
 def test_half_precision_is_summed_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Directions are float32 at least, whatever the parameters are; 6002 rounds to 6016 in bfloat16."""
-    monkeypatch.setattr(quadratic, "MIN_DATA", 4000)
+    monkeypatch.setattr(local_model, "MIN_DATA", 4000)
     model, x = nn.Linear(1, 1, bias=False).bfloat16(), torch.ones(3001, 1, dtype=torch.bfloat16)
     directions = [{"weight": torch.ones(1, 1, dtype=torch.float32)}]
     assert of_natgrad(model, nn.MSELoss(reduction="sum"), x, directions).item() == 6002

@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 import natgrad
 from cases import Loss, data_for, every_loss
-from natgrad import quadratic
+from natgrad import local_model
 from natgrad.batch import shuffled
 from natgrad.chance import Chance
 from quadratic_cases import Direction, directions_of, network
@@ -146,7 +146,7 @@ def test_change_is_that_of_the_loss_module(
 @every_loss
 def test_change_on_a_part_of_identical_data_is_that_on_all(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a gradient that is summed over the part and not scaled up."""
-    monkeypatch.setattr(quadratic, "MIN_DATA", 4)
+    monkeypatch.setattr(local_model, "MIN_DATA", 4)
     model = network().eval()
     x, y = data_for(model, loss, torch.randn(1, 3))
     x, y = x.repeat(12, 1), y.repeat(12, *[1] * (y.ndim - 1))
@@ -158,7 +158,7 @@ def test_change_on_a_part_of_identical_data_is_that_on_all(loss: Loss, monkeypat
 
 def test_change_on_a_part_takes_every_token_of_a_datum(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights and the gradient have a row for each token, where the inputs have one for each datum."""
-    monkeypatch.setattr(quadratic, "MIN_DATA", 2)
+    monkeypatch.setattr(local_model, "MIN_DATA", 2)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     x, y = torch.randn(1, 6, 4).repeat(8, 1, 1), torch.tensor([0, 1, 2, 2, 0, 1]).repeat(8, 1)
@@ -190,7 +190,7 @@ def test_change_on_the_last_micro_batch_is_that_on_all(loss: Loss) -> None:
 
 def test_a_part_without_a_target_that_counts_tells_of_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero over zero else, when few data have a label."""
-    monkeypatch.setattr(quadratic, "MIN_DATA", 1)
+    monkeypatch.setattr(local_model, "MIN_DATA", 1)
     torch.manual_seed(0)
     model, x, y = nn.Sequential(nn.Linear(3, 3)), torch.randn(20, 3), torch.full((20,), 1)
     chosen = shuffled(20, 0)[-1:]  # the first draw of seed 0
@@ -244,7 +244,7 @@ def test_change_with_dropout_is_that_of_the_users_mask(normalizes: bool, monkeyp
 
     Batch statistics would excuse that the output of some is another.
     """
-    monkeypatch.setattr(quadratic, "MIN_DATA", 4)
+    monkeypatch.setattr(local_model, "MIN_DATA", 4)
     model, x, y = with_dropout(), torch.randn(6, 3), classes_of(6)
     if normalizes:
         model = nn.Sequential(nn.BatchNorm1d(3), model)
@@ -302,7 +302,7 @@ def test_layers_that_are_left_out_at_random_are_left_out_again(stream: Callable[
 
 def test_a_pass_without_chance_needs_some_of_the_data_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a network in `eval` mode, or one without dropout, that pays for it."""
-    monkeypatch.setattr(quadratic, "MIN_DATA", 4)
+    monkeypatch.setattr(local_model, "MIN_DATA", 4)
     model, x, y = with_dropout().eval(), torch.randn(6, 3), classes_of(6)
     optimizer = natgrad.KFAC(model, "cross_entropy")
     cross_entropy(model(x), y).backward()

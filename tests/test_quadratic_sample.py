@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import natgrad
 from cases import Loss, data_for, every_loss
-from natgrad import quadratic
+from natgrad import local_model
 from natgrad.batch import Forward
 from natgrad.likelihoods import Gaussian
-from natgrad.quadratic import LocalModel
+from natgrad.local_model import LocalModel
 from natgrad.rerun import stratified
 from oracle import relative_error
 from quadratic_cases import directions_of, network
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def test_data_are_drawn_anew_with_every_seed_and_alike_with_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fixed part, or one in step with the rows of the factors, makes some directions look flatter than they are."""
-    monkeypatch.setattr(quadratic, "MIN_DATA", 5)
+    monkeypatch.setattr(local_model, "MIN_DATA", 5)
     model, x = nn.Linear(1, 2), torch.arange(40.0).unsqueeze(1)
     forwards = [Forward((x,), {}, model(x).detach(), [], gradient=torch.zeros(40, 2), seed=seed) for seed in (0, 1, 0)]
     local = [LocalModel(model, Gaussian(), lambda out: out, forward, 80) for forward in forwards]
@@ -54,8 +54,8 @@ def test_the_longest_gradients_are_always_chosen_and_others_from_the_end() -> No
 def test_model_and_change_weigh_the_chosen(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same quantities of single data. Catches weights that any one of the sums leaves out."""
     counts = torch.tensor([0.5, 2.0, 0.5])
-    monkeypatch.setattr(quadratic, "MIN_DATA", 3)
-    monkeypatch.setattr(quadratic, "stratified", lambda order, size, gradients: (torch.tensor([4, 0, 3]), counts))
+    monkeypatch.setattr(local_model, "MIN_DATA", 3)
+    monkeypatch.setattr(local_model, "stratified", lambda order, size, gradients: (torch.tensor([4, 0, 3]), counts))
     model = network().eval()
     x, y = data_for(model, loss, torch.randn(6, 3))
     (direction,) = directions_of(model, 1)

@@ -3,12 +3,14 @@
 import contextlib
 import gc
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import natgrad
+from natgrad.layers.base import registered
 from natgrad.report import Row, format_table
 
 TIED = "tied modules must be of one kind, share weight and bias alike and have one padding_idx"
@@ -137,13 +139,30 @@ def test_a_model_that_is_a_layer_and_one_without_parameters() -> None:
     assert rows(nn.Tanh()) == {}
 
 
-def test_a_subclass_is_not_taken_for_its_base() -> None:
-    """Its forward may be anything."""
+@pytest.mark.parametrize(
+    ("base", "own", "is_base"),
+    [
+        (nn.Linear, {}, True),
+        (nn.Linear, {"reset_parameters": lambda self: None, "extra_repr": lambda self: "mine", "name": "mine"}, True),
+        (nn.Linear, {"forward": lambda self, x: x}, False),
+        (nn.Conv1d, {"_conv_forward": lambda self, *args: args[0]}, False),
+        (nn.Conv1d, {"__call__": lambda self, x: x}, False),
+        (nn.Bilinear, {}, False),
+    ],
+)
+def test_a_subclass_is_taken_for_its_base_only_where_it_computes_the_same(
+    base: type[nn.Module], own: dict[str, Any], is_base: bool
+) -> None:
+    kind = type("Masked", (base,), own)
+    layer = kind(3, 2, 1)
+    assert (registered(layer) is registered(base(3, 2, 1)) is not None) == is_base
+    if not is_base:
+        assert rows(nn.Sequential(layer))["0.weight"].reason == "no layer kind is registered for Masked"
 
-    class Masked(nn.Linear):
-        pass
 
-    assert rows(nn.Sequential(Masked(3, 2)))["0.weight"].reason == "no layer kind is registered for Masked"
+def test_the_output_projection_of_attention_belongs_to_the_attention() -> None:
+    """It is a subclass of nn.Linear with nothing of its own, and is never called."""
+    assert registered(nn.MultiheadAttention(4, 2).out_proj) is None
 
 
 @pytest.mark.parametrize(("right", "expected"), [(set(), ["a    bcd", "efg  h"]), ({0, 1}, ["  a  bcd", "efg    h"])])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
-from natgrad import quadratic, rerun
+from natgrad import local_model, rerun
 from natgrad.batch import Forward
 from natgrad.rerun import subsample
 
@@ -260,7 +260,7 @@ def trained(model: nn.Module, *args: Any) -> list[Tensor]:
 @pytest.fixture
 def with_few(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The quadratic model is made from eight data."""
-    monkeypatch.setattr(quadratic, "MIN_DATA", KEPT)
+    monkeypatch.setattr(local_model, "MIN_DATA", KEPT)
     return monkeypatch
 
 
@@ -309,7 +309,7 @@ def test_where_data_cannot_be_parted_the_model_of_the_loss_is_of_all(case: str, 
     }[case]
     same = copy.deepcopy(model)
     steps = trained(model, *args)
-    with_few.setattr(quadratic, "MIN_DATA", DATA)
+    with_few.setattr(local_model, "MIN_DATA", DATA)
     torch.testing.assert_close(steps, trained(same, *args), rtol=0, atol=0)
 
 
@@ -339,7 +339,7 @@ class Forces(nn.Module):
 @pytest.mark.parametrize("kept", [KEPT, DATA])
 def test_a_network_that_differentiates_itself(is_told: bool, kept: int, with_few: pytest.MonkeyPatch) -> None:
     """The quadratic model needs no gradients, and the network does; what it says of a step on all data is exact."""
-    with_few.setattr(quadratic, "MIN_DATA", kept)
+    with_few.setattr(local_model, "MIN_DATA", kept)
     model = Forces(is_told)
     seen = sizes_seen(model)
     optimizer = natgrad.KFAC(model, "mse")
@@ -358,3 +358,15 @@ def test_a_network_that_differentiates_itself(is_told: bool, kept: int, with_few
             assert told == pytest.approx(after - losses[-1], abs=1e-10)
     assert losses[-1] < 0.5 * losses[0]
     assert seen[:5] == [DATA, *[kept] * 4]  # more of them later, as steps had to be halved
+
+
+def test_a_first_pass_that_overflows_tells_nothing_of_parts() -> None:
+    """Catches a session that goes without cheap passes after one bad batch."""
+    model = nn.Linear(6, 2)
+    seen = sizes_seen(model)
+    preconditioner = natgrad.Preconditioner(model, "mse", batch_fraction=FRACTION, damping=1.0, curvature_period=1)
+    for scale in (float("inf"), 1.0):
+        model(scale * torch.randn(DATA, 6)).square().mean().backward()
+        preconditioner.step()
+        model.zero_grad()
+    assert seen == 2 * [DATA, KEPT]

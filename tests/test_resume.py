@@ -14,7 +14,8 @@ from torch.distributed.checkpoint import state_dict as tools
 
 import natgrad
 from kfac_cases import assert_same, every_mode, network, train, values
-from natgrad import checkpoint
+from natgrad import checkpoint, metric
+from natgrad.inverses import INVERSES
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -268,3 +269,48 @@ def test_files_are_read_without_trust() -> None:
         "3.weight",
         "3.bias",
     ]
+
+
+@pytest.mark.parametrize(("old", "new"), [("ekfac", "cholesky"), ("eigen", "ekfac"), ("cholesky", "eigen")])
+def test_an_inverse_of_another_kind_is_not_kept(old: str, new: str) -> None:
+    """It would stay in every later checkpoint, and tell of a condition that is no longer there."""
+    first = natgrad.KFAC(network(), "mse", inverse=old)
+    train(first, 0, 1, 2)
+    second = natgrad.KFAC(copy.deepcopy(first.preconditioner.model), "mse", inverse=new)
+    second.load_state_dict(first.state_dict())
+    train(second, 3, 4, 5)
+    kept = {name for state in second.preconditioner.states().values() for name in state} & metric.OF_ANY
+    assert kept == set(INVERSES[new].names)
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_a_rate_that_meant_something_else_is_not_loaded(automatic: bool) -> None:
+    """A factor of one would become a rate of one, and the loss explode."""
+    modes: list[dict[str, Any]] = [{}, {"lr": 0.1, "momentum": 0.9}]
+    first, second = (natgrad.KFAC(network(), "mse", **mode) for mode in modes[:: -1 if automatic else 1])
+    train(first, 0, 1)
+    before = values(second)
+    with pytest.raises(ValueError, match="construct it with `lr=" + ("0.1`" if automatic else "'auto'`")):
+        second.load_state_dict(first.state_dict())
+    assert_same(values(second), before)
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="saved by another optimizer"):
+        natgrad.KFAC(network(), "mse").load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+
+
+@pytest.mark.parametrize("chosen", ["frozen", "left out"])
+def test_a_model_of_which_some_is_trained_can_be_saved(chosen: str) -> None:
+    """A look for the previous step of what is not trained must not leave a state of it."""
+    model = network()
+    if chosen == "frozen":
+        model[0].requires_grad_(False)
+    params = None if chosen == "frozen" else list(model[3].parameters())
+    optimizer = natgrad.KFAC(model, "mse", params=params)
+    train(optimizer, 0, 1, 2)
+    saved = optimizer.state_dict()
+    assert saved["state"].keys() == {index for group in saved["param_groups"] for index in group["params"]}
+    optimizer.load_state_dict(saved)
+    train(optimizer, 3)

@@ -72,6 +72,7 @@ class Forward:
         ear: Tells whether a gradient arrived or may arrive.
         is_makeshift: Whether ``gradient`` is of a derivative that may enter the loss, for want of the loss's own.
         trained: Parameters of the layers; a pass that brings none of them a gradient is no backward pass of the loss.
+        likelihood: Of the declared loss; for several heads with the shapes of this pass's.
         lengths: Of the heads, if these have different numbers of data: then rows of the output are no data.
     """
 
@@ -90,6 +91,7 @@ class Forward:
     ear: Ear = field(default_factory=Ear)
     is_makeshift: bool = False
     trained: Sequence[nn.Parameter] = ()
+    likelihood: Likelihood | None = None
     lengths: tuple[int, ...] = ()
 
     def listen(self, origins: Sequence[Origin]) -> None:
@@ -284,9 +286,9 @@ class Batch:
             RuntimeError: for such a layer.
             ValueError: at the first step, for a gradient at the output that is not that of the declared loss.
         """
-        latest, likelihood = self.latest, self.loss.likelihood
-        if latest is not None and latest.gradient is not None and latest.find is None and likelihood and not step:
-            likelihood.check_gradient(latest.gradient)
+        latest = None if step else self.latest
+        if latest is not None and latest.gradient is not None and latest.find is None and latest.likelihood:
+            latest.likelihood.check_gradient(latest.gradient)
         if step and not self.statistics:
             return  # the layer is used for the first time between two updates of the curvature
         captured = {name for name, _ in self.statistics}
@@ -382,11 +384,6 @@ def all_finite(tensors: list[Tensor]) -> bool:
     dense = [torch.view_as_real(t) if t.is_complex() else t for t in dense]
     extremes = [extreme for t in dense if t.numel() for extreme in torch.aminmax(t)]
     return bool(torch.stack(extremes).isfinite().all())
-
-
-def is_there(gradient: Tensor | None) -> bool:
-    """Whether there is a gradient; of one that is spread over processes, only whether there is a tensor."""
-    return gradient is not None and (type(gradient) is not Tensor or bool(gradient.any()))
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:

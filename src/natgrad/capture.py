@@ -15,6 +15,7 @@ arrive during the user's ``backward()``. So do, at the edges, the samples that t
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Fisher, Forward, full_precision, is_there, shuffled
+from natgrad.batch import Batch, Fisher, Forward, full_precision, shuffled
 from natgrad.calls import Call, alike, group, positions
 from natgrad.chance import Chance
 from natgrad.distributed import World
@@ -33,8 +34,12 @@ from natgrad.layers import Bases, Layer, Sharing, at_least_float32, is_transform
 from natgrad.losses import Loss, Weights
 from natgrad.outputs import Origin, View, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
+from natgrad.passes import Passes
 from natgrad.rerun import again, few, stands_for
 from natgrad.vectors import vectors
+
+# Of torch's loss modules, in this order.
+ARGUMENTS = ("input", "target", "var")
 
 
 class Capture:
@@ -79,15 +84,12 @@ class Capture:
         self.world, self.sampling = world or World(), False  # whether gradients of the user's loss are kept as well
         self.attached = self.whole = True
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
-        self._hears = False  # whether a gradient of the user's loss has ever arrived
         self.step = self._forward_seed = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
-        self.batch = Batch(loss, fisher)
-        self._earlier: Batch | None = None  # of forwards whose backward pass is over
+        self._passes = self._of_no_pass()
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
         self._chance: Chance | None = None  # likewise
         self._waiting: Forward | None = None  # for the loss module to be called
-        self._open: list[list[Call]] = []  # uses that wait for gradients of the user's backward pass
         self._own_derivatives = OwnDerivatives(self._note)
         self._model, self._handles, self._uncompiled = model, list[RemovableHandle](), ExitStack()
         self.watch(layers, sharing)
@@ -132,15 +134,24 @@ class Capture:
 
     def settings(self) -> dict[str, Any]:
         """For ``attach``: everything but what was captured."""
-        captured = ("batch", "bases", "_earlier", "_calls", "_waiting", "_open", "_uncompiled", "_own_derivatives")
-        return {name: value for name, value in self.__dict__.items() if name not in captured}
+        captured = ("bases", "_calls", "_chance", "_waiting", "_passes", "_uncompiled", "_own_derivatives")
+        kept = {name: value for name, value in self.__dict__.items() if name not in captured}
+        return {**kept, "hears": self._passes.hears}
 
     def attach(self, settings: dict[str, Any]) -> None:
         """Let the hooks of a copied model work for its owner's copy."""
         self.__dict__.update(settings)
-        self.bases, self._calls, self._waiting, self._uncompiled = None, None, None, ExitStack()
-        self._own_derivatives = OwnDerivatives(self._note)
-        self.drop()
+        self._passes = self._of_no_pass(self.__dict__.pop("hears"))
+        self.bases = self._calls = self._chance = self._waiting = None
+        self._own_derivatives, self._uncompiled = OwnDerivatives(self._note), ExitStack()
+
+    def _of_no_pass(self, hears: bool = False) -> Passes:
+        return Passes(lambda: Batch(self.loss, self.fisher), self._finish, hears)
+
+    @property
+    def batch(self) -> Batch:
+        """Of the forward passes whose backward pass may still come."""
+        return self._passes.batch
 
     def wants(self, layers: Iterable[Layer]) -> bool:
         """Whether some of these should report their calls: the model is running, with gradients, and they are due."""
@@ -160,31 +171,26 @@ class Capture:
                 f"the loss module given to natgrad, {self.loss.module!r}, was not called with the model's output: call "
                 "that very module in the training loop, as natgrad learns from it which targets count and how much."
             )
-        self._drop_what_was_evaluated()
-        self._put_aside()
-        batch, self._earlier = self._earlier, None
-        assert batch is not None
-        return batch
+        return self._passes.take()
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():  # by `model.compile()`, which takes the hooks in; the layers will be missed
             return
         if not self.attached:
             return
-        self._drop_what_was_evaluated()
-        if self.batch.latest is not None and self.batch.latest.gradient is not None:
-            self._put_aside()
-        self._drop_what_lost_its_gradient()
+        self._passes.begin(self.parameters)
         looks = torch.is_grad_enabled() and not is_transformed()
         self._calls, self._chance = ([], Chance(module)) if looks else (None, None)
         self._forward_seed = self._draw()
         if looks and self.due:
             self._uncompiled.enter_context(uncompiled(module))
 
-    def _clean_up(self, *_: Any) -> None:
+    def _clean_up(self, module: nn.Module, args: tuple[Any, ...], raw: Any) -> None:
         if self.attached:
             self._uncompiled.close()
             self._own_derivatives.stop()
+            if raw is None:  # an exception
+                self._calls = self._chance = None
 
     def record(
         self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
@@ -214,6 +220,7 @@ class Capture:
             return
         forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed, chance=chance.if_drawn())
         forward.lengths, forward.trained = differing_lengths(heads), self.parameters
+        forward.likelihood = copy(self.loss.likelihood)
         origins, forward.find = self.view.origins(raw, heads)
         if self.loss.module is None:
             self._gather(forward, origins)
@@ -226,7 +233,7 @@ class Capture:
         """The loss module has seen the model's output, perhaps rearranged, and the targets."""
         if not self.attached:
             return
-        named = {**dict(zip(("input", "target", "var"), args, strict=False)), **kwargs}
+        named = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
         seen = named.pop("input")
         if self._waiting is None or not seen.requires_grad or self.loss.likelihood is None:
             return
@@ -239,7 +246,8 @@ class Capture:
         assert self.loss.weigh is not None
         self.loss.likelihood.check(seen)
         with torch.no_grad():
-            forward.weights = self.loss.weigh(module, at_least_float32(seen.detach()), tuple(named.values()))
+            others = tuple(named[name] for name in ARGUMENTS[1:] if name in named)
+            forward.weights = self.loss.weigh(module, at_least_float32(seen.detach()), others)
         forward.seen, forward.output, forward.find = forward.output, seen, None
         self._gather(forward, [Origin(seen)])
 
@@ -276,16 +284,17 @@ class Capture:
                     if use[0].rows in (forward.data, *forward.lengths):
                         self.batch.sample(use, self.world.size)
         if forward.gradient is None:
-            if self._earlier is not None:
+            if self._passes.follows:
+                look = partial(self._passes.drop_what_lost_its_gradient, self.parameters)
                 for tensor in (origin.tensor for origin in origins if origin.tensor.requires_grad):
-                    tensor.register_hook(self._drop_what_lost_its_gradient)
+                    tensor.register_hook(look)
             forward.listen(origins)
         self.batch.ears.append(forward.ear)
         self.batch.forwards += 1
         self.batch.data += forward.data
         self.batch.terms += forward.terms(self.loss.likelihood)
         if self.fisher == "empirical":
-            self._open += [use for use in forward.uses if len(use) > 1]
+            self._passes.open += [use for use in forward.uses if len(use) > 1]
         else:  # in the circle of a call and its use the graph would wait for the garbage collector
             for use in (*forward.uses, *part.uses):
                 use.clear()
@@ -294,7 +303,8 @@ class Capture:
 
     def _part(self, forward: Forward) -> Forward:
         """A pass of the data alone that enter the factors, where that is cheaper and comes to the same; else all."""
-        if self._has_parts is False or (chosen := few(forward, self.fisher == "mc")) is None:
+        chosen = None if self._has_parts is False else few(forward, self.fisher == "mc")
+        if chosen is None or self._is_watched():
             return forward
         with self.aside():
             self._calls = []  # the hooks on the layers work alone, and for us
@@ -304,8 +314,14 @@ class Capture:
                 self._calls = None
                 self._own_derivatives.stop()
         part = part if part is not None and stands_for(part, self._uses(calls), forward, chosen) else None
-        self._has_parts = self._has_parts or part is not None
+        if part is not None or forward.output.isfinite().all():  # an overflow tells nothing
+            self._has_parts = self._has_parts or part is not None
         return part or forward
+
+    def _is_watched(self) -> bool:
+        """Whether hooks of others on the model, too, would take some of the data for all of them."""
+        own = {handle.id for handle in self._handles}
+        return any(not own.issuperset(module._forward_hooks) for module in unwrap(self._model).modules())
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
         """Each call by itself, or together with ``"reduce"``, and where a datum's gradient is wanted, their sum."""
@@ -371,30 +387,9 @@ class Capture:
 
     def _draw(self) -> int:
         """The seed of this forward's draws, different for every step, micro-batch and rank."""
-        forwards = self.batch.forwards + (0 if self._earlier is None else self._earlier.forwards)
-        draw = (self.seed * 1_000_003 + self.step) * 1009 + forwards
+        draw = (self.seed * 1_000_003 + self.step) * 1009 + self._passes.forwards
         return (draw + self.world.rank * 2_654_435_761) % 2**63  # generators look at the lower 32 bits only
-
-    def _put_aside(self) -> None:
-        """The backward pass of what was captured is over."""
-        for use in self._open:
-            self._finish(use)
-        self._open = []
-        if self._earlier is not None:
-            self.batch.follow(self._earlier)
-        self._earlier, self.batch = self.batch, Batch(self.loss, self.fisher)
-
-    def _drop_what_was_evaluated(self) -> None:
-        """Passes whose graphs are gone without a gradient were not trained on, if gradients are heard of at all."""
-        self._hears = self._hears or any(ear.heard for ear in self.batch.ears)
-        if self._hears and all(ear.is_deaf for ear in self.batch.ears):
-            self.batch = Batch(self.loss, self.fisher)
-
-    def _drop_what_lost_its_gradient(self, _: Tensor | None = None) -> None:
-        """Called before a backward pass: where no gradient is left, earlier ones enter no step, nor may their data."""
-        if self._earlier is not None and self.parameters and not any(is_there(p.grad) for p in self.parameters):
-            self._earlier = None
 
     def drop(self) -> None:
         """Forget what was captured."""
-        self._earlier, self._open, self.batch = None, [], Batch(self.loss, self.fisher)
+        self._passes.drop()

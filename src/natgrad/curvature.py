@@ -11,7 +11,8 @@ Both forms have the same methods. The B blocks of a grouped layer are independen
 Sources: Martens and Grosse (2015), arXiv:1503.05671; George et al. (2018), arXiv:1806.03884 (EKFAC).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from natgrad.batch import Batch, Fisher
 from natgrad.capture import Capture
 from natgrad.factors import resolve_sharing
 from natgrad.inverses import apply, eigh, reciprocal, scale_in_basis
-from natgrad.layers import Bases, Layer, Sharing, partition
+from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
 from natgrad.losses import Declared, resolve
 from natgrad.options import check_fisher
 
@@ -121,7 +122,8 @@ def curvature(
         Blocks by layer name. Over several batches the loss is that of all data together: for a mean, their mean.
 
     Raises:
-        ValueError: as :class:`~natgrad.Preconditioner`.
+        ValueError: as :class:`~natgrad.Preconditioner`; and with ``ekfac`` for an ``x`` that can be gone through only
+            once, such as a generator.
 
     Example:
         >>> import natgrad
@@ -130,6 +132,7 @@ def curvature(
         >>> blocks[""].dense().shape
         torch.Size([8, 8])
     """
+    model = unwrap(model)
     parts = partition(model)
     layers = parts.require_layers()
     meaning = resolve(loss)
@@ -146,6 +149,8 @@ def curvature(
         seed=seed,
     )
     batches = [(x, y)] if y is not None or isinstance(x, Tensor) else x
+    if ekfac and isinstance(batches, Iterator):
+        raise ValueError("`ekfac=True` goes through `x` twice: pass a list or a data loader, and no iterator.")
     try:
         batch = _pass(capture, model, progress(batches))
         blocks: dict[str, Block] = {}
@@ -164,11 +169,28 @@ def curvature(
     return blocks
 
 
+@contextmanager
+def unobserved(model: nn.Module, by: Capture | None = None) -> Iterator[None]:
+    """Passes of the model in here enter no step of an optimizer that watches it.
+
+    Args:
+        model: The module.
+        by: Who looks at them all the same.
+    """
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    others = {id(owner): owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Capture)}
+    with ExitStack() as stack:
+        for owner in others.values():
+            if owner is not by:
+                stack.enter_context(owner.aside())
+        yield
+
+
 def _pass(capture: Capture, model: nn.Module, batches: Iterable[Any]) -> Batch:
     """Send every batch through the model, and through the loss where that is needed; returns what was captured."""
     needs_loss = capture.loss.module is not None or capture.fisher == "empirical"
     for x, y in batches:
-        with torch.enable_grad():
+        with torch.enable_grad(), unobserved(model, by=capture):
             output = capture.view(model(x))
             if needs_loss:
                 value = capture.loss.value(output, y)

@@ -10,12 +10,18 @@ and long enough for the outputs to differ by more than their rounding, or else i
 thousandfold; where there is little to be gained, derivatives are exact, and runs agree to rounding. The outputs of a
 network that differentiates itself are small differences of large terms, and more than their own rounding is in them:
 there a difference looks further, and must be larger.
+
+A network may jump where its backward pass pretends that it does not, as quantized and spiking units do. A difference
+across a jump is as large as the distance is short, so that one is compared with the derivative at first, and once more
+when steps are shorter. What the outputs of such a network do over a step is neither: there differences look half a
+percent of the parameters' length to both sides.
 """
 
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +36,40 @@ OWN_REACH, OWN_LEAST_CHANGE = 0.3, 0.02
 LARGE = 2_000_000
 _logger = logging.getLogger("natgrad")
 
+# A difference is the derivative if it is no further from it, relative to its length; looked at again after some steps.
+APART, AGAIN = 0.15, 16
+
 Named = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
 Function = Callable[[Named], Outputs]
+
+
+class Smoothness:
+    """Whether differences are derivatives, seen twice.
+
+    Args:
+        state: Of the first layer's first parameter: ``smooth``, how often they were, or 0 once they were not. A resumed
+            run goes on with it.
+    """
+
+    def __init__(self, state: MutableMapping[str, Any]) -> None:
+        self._state = state
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to look."""
+        seen = float(self._state["smooth"]) if "smooth" in self._state else None
+        return seen is None or (seen == 1 and float(self._state["step"]) >= AGAIN)
+
+    @property
+    def is_refuted(self) -> bool:
+        """Whether they are not."""
+        return "smooth" in self._state and not self._state["smooth"]
+
+    def learn(self, difference: Tensor, derivative: Tensor) -> None:
+        """Compare the two."""
+        apart = torch.linalg.vector_norm(difference - derivative) > APART * torch.linalg.vector_norm(derivative)
+        self._state["smooth"] = torch.tensor([0.0 if apart else 1.0 + ("smooth" in self._state)])
 
 
 def along(
@@ -44,6 +81,7 @@ def along(
     before: Outputs | None = None,
     differentiates: Callable[[], bool] = lambda: False,
     told: Callable[[str], None] = lambda _: None,
+    smoothness: Smoothness | None = None,
 ) -> tuple[Outputs, list[Tensor]]:
     """The outputs, and derivatives of the last of them along each direction.
 
@@ -56,10 +94,12 @@ def along(
         before: The outputs at these parameters, if they are known.
         differentiates: Whether the network was seen to differentiate itself; asked when outputs are known.
         told: As for ``directional_derivative``.
+        smoothness: What is known of it; taken for granted, if left out.
     """
     large = data * sum(p.numel() for p in parameters.values()) >= LARGE
     step = 0.0
-    if previous is not None and large and _rounds_like_float32(parameters):
+    jumps = smoothness is not None and smoothness.is_refuted
+    if previous is not None and large and not jumps and _rounds_like_float32(parameters):
         step = float(length(previous.values()))
     if before is None and step > 0:
         before = output(parameters)
@@ -69,7 +109,12 @@ def along(
         product = None
         if before is not None and step > 0:
             product = short_difference(output, parameters, direction, before[-1], reach * step, least)
-        if product is None:
+        if product is not None and smoothness is not None and smoothness.is_due and not differentiates():
+            smoothness.learn(product, directional_derivative(output, parameters, direction, told)[1][-1])
+            jumps = smoothness.is_refuted
+        if jumps:
+            before, (*_, product) = central_difference(output, parameters, direction, before)
+        elif product is None:
             before, (*_, product) = directional_derivative(output, parameters, direction, told)
         products.append(product)
     return before or (), products
@@ -135,8 +180,10 @@ def without_graph(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return one, other
 
 
-def central_difference(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:
-    """The outputs, and their derivatives along the direction up to the ⅔ power of the rounding error."""
+def central_difference(
+    output: Function, parameters: Named, direction: Named, before: Outputs | None = None
+) -> tuple[Outputs, Outputs]:
+    """The outputs, if not known ``before``, and their derivatives up to the ⅔ power of the rounding error."""
     size = length(parameters.values())
     epsilon = (
         torch.finfo(size.dtype).eps ** (1 / 3)
@@ -150,7 +197,7 @@ def central_difference(output: Function, parameters: Named, direction: Named) ->
     slopes = [
         (ahead - behind) / (2 * epsilon) for ahead, behind in zip(shifted(epsilon), shifted(-epsilon), strict=True)
     ]
-    return output(parameters), tuple(slopes)
+    return output(parameters) if before is None else before, tuple(slopes)
 
 
 def length(tensors: Iterable[Tensor]) -> Tensor:

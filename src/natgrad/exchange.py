@@ -133,14 +133,15 @@ def share_solutions(solutions: dict[str, Tensor], world: World) -> None:
 
 
 def inverse_pieces(names: Sequence[str], state: State) -> list[Piece]:
-    """The tensors that an inverse consists of."""
-    return [matrix(state[name]) if name.endswith("_inverse") else Piece(state[name], False) for name in names]
+    """The tensors that an inverse consists of; an age is one whenever it is sent, and not on the device of the rest."""
+    sent = [name for name in names if not name.endswith("_age")]
+    return [matrix(state[name]) if name.endswith("_inverse") else Piece(state[name], False) for name in sent]
 
 
 def blank(names: Sequence[str], state: State) -> dict[str, Tensor]:
     """Room for an inverse of the factors in ``state``."""
     A, G = state["A"], state["G"]
-    shapes = {"A": A.shape, "G": G.shape, "age": ()}
+    shapes = {"A": A.shape, "G": G.shape}
     product = (*A.shape[:-2], G.shape[-2], A.shape[-2])
-    whose = {name: name.split("_")[-1 if name.endswith("_age") else 0] for name in names}
-    return {name: A.new_zeros(shapes.get(whose[name], product)) for name in names}
+    ages = {name: torch.ones((), dtype=A.dtype) for name in names if name.endswith("_age")}
+    return {name: A.new_zeros(shapes.get(name.split("_")[0], product)) for name in names} | ages

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from natgrad.layers.partition import Partition
 from natgrad.options import check_rate
 
-FALLBACK_RATE = 1e-3  # AdamW's own default
+# Three times AdamW's own default: steps are fewer, and what has no layer is mostly a scale or a table of positions.
+FALLBACK_RATE = 3e-3
 # Of the whole optimizer, not of a group.
-WHOLE = ("momentum", "damping", "kl_clip", "betas")
+WHOLE = ("momentum", "damping", "kl_clip")
 
 Group = dict[str, Any]
 
@@ -44,6 +45,11 @@ def split(group: Mapping[str, Any], parts: Partition, names: Mapping[nn.Paramete
     if layers:
         if given := [name for name in WHOLE if name in group]:
             raise ValueError(f"`{given[0]}` is the same for all layers: pass it to `KFAC` itself, not in a group.")
+        if "betas" in group:
+            raise ValueError(
+                "`betas` are AdamW's: give them in a group of its own parameters, those without a layer, or in one "
+                'with "fallback": True.'
+            )
         groups.append({**group, "params": [(names[p], p) for p in layers], "fallback": False})
     if fallback or not chosen:
         rate = FALLBACK_RATE if both else group.get("lr", FALLBACK_RATE)

@@ -35,7 +35,7 @@ class Part(NamedTuple):
 class Joint(Likelihood):
     """A weighted sum of losses of several tensors.
 
-    The tensors may have any shapes; ``join`` remembers them, for ``split``.
+    The tensors may have any shapes; ``join`` remembers them, for ``split``. A copy keeps those of its time.
 
     Args:
         parts: By the key of the head in what the model returns.

@@ -21,6 +21,7 @@ Sources: Martens (2020), "New insights and perspectives on the natural gradient 
 Grosse (2015), arXiv:1503.05671, section 2.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 
@@ -140,6 +141,8 @@ ALIKE = 1e-3
 class Categorical(Likelihood):
     """Cross-entropy of logits of shape (N, C) or (N, C, T…), as torch's ``CrossEntropyLoss``."""
 
+    of_logits = True
+
     def check(self, output: Tensor) -> None:
         """Refuse outputs without at least two classes in dimension 1."""
         super().check(output)
@@ -151,7 +154,9 @@ class Categorical(Likelihood):
             )
 
     def check_gradient(self, gradient: Tensor) -> None:
-        """Refuse gradients that sum to zero over another dimension than that of the classes."""
+        """Refuse gradients that sum to zero over another dimension than that of the classes, and tell of others."""
+        if not gradient.numel():
+            return
         sizes = [gradient.abs().sum(d).amax() for d in range(gradient.ndim)]
         sums = [float(gradient.sum(d).abs().amax() / size) for d, size in enumerate(sizes)]
         classes = min(range(2, gradient.ndim), key=lambda d: sums[d], default=1)
@@ -160,6 +165,13 @@ class Categorical(Likelihood):
                 f"{self!r} has its classes in dimension 1 of the output, of shape {tuple(gradient.shape)}, and the "
                 f"loss that was called has them in dimension {classes}. Tell natgrad how the loss sees the output: "
                 f"`output=lambda out: out.movedim({classes}, 1)`."
+            )
+        if sums[1] > DIFFERENT and self.of_logits:
+            warnings.warn(
+                f"natgrad: the gradient that arrived at the output is not that of {self!r}, whose entries sum to zero "
+                "over the classes. Declare the loss that the loop calls, or natgrad's steps will be far off.",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -242,6 +254,8 @@ class LogCategorical(Categorical):
     In its input the loss is linear, so the curvature meant is the Fisher matrix, which is that of the cross-entropy of
     the logits before ``log_softmax``.
     """
+
+    of_logits = False
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """−onehot(y) with y drawn from the categorical distribution."""

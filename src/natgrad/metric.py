@@ -18,11 +18,14 @@ from natgrad.batch import Batch
 from natgrad.damping import DampingRule
 from natgrad.distributed import World
 from natgrad.factors import flush
-from natgrad.inverses import Inverse
+from natgrad.inverses import INVERSES, Inverse
 from natgrad.layers import Bases, Layer
 from natgrad.schedule import Period
 from natgrad.state import MOVED
 from natgrad.trust import Trust
+
+# Names of what an inverse of any kind keeps.
+OF_ANY = {name for inverse in INVERSES.values() for name in inverse.names}
 
 States = Mapping[str, dict[str, Any]]
 Matrix = Callable[[Layer], Tensor | None]
@@ -68,10 +71,11 @@ class Metric:
         self.world.deal(self._costs)
 
     def forget(self, states: States) -> None:
-        """The state has become another; inverses that other ranks are to hold are dropped."""
+        """The state has become another; inverses of another kind are dropped, and those that are other ranks'."""
         self.applied.clear()
         for name, state in states.items():
-            for key in () if self.world.holds(name) else self.inverse.names:
+            held = self.inverse.names if self.world.holds(name) else ()
+            for key in OF_ANY - set(held):
                 state.pop(key, None)
         self.moved, self._inverted = {name for name, state in states.items() if state.get(MOVED, True)}, None
 

@@ -16,10 +16,12 @@ at the output, g_f, which natgrad sees. Three things tell S s:
   of noise is taken off. A step s ≫ 1 times too long is taken back, once it is seen to be.
 
 S alone is a ratio: gᵀd, of the parameters' gradient, is what g_f · (J d) would be without it. That takes a pass of the
-model, and is looked at where S s has changed by much, and now and then.
+model, and is looked at where S s has changed by much, and now and then. Clipping makes gᵀd smaller, too, and is none of
+these: it shortens the step.
 """
 
 import math
+import warnings
 from collections.abc import Callable, MutableMapping
 from functools import cached_property
 from typing import Any
@@ -28,10 +30,12 @@ import torch
 from torch import Tensor
 
 from natgrad.batch import Forward
+from natgrad.derivatives import Smoothness
 from natgrad.distributed import Ranks
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
-from natgrad.quadratic import HALVINGS, LocalModel
+from natgrad.local_model import LocalModel
+from natgrad.quadratic import HALVINGS
 from natgrad.trust import Trust
 from natgrad.undeclared import Undeclared
 
@@ -44,6 +48,9 @@ EVIDENCE, VARIETY = 10.0, 0.01
 CLOSE = 0.05
 # A ratio beyond this says that something was multiplied; within it, that a batch is not the whole data.
 NOISE = 4.0
+# Gradients that were clipped look like those of a scaler. That is a power of two, up to so much in its logarithm, and
+# nothing clips by more than LARGE.
+POWER, LARGE = 0.02, 512.0
 # Along a step, curvature on fresh data above this times the modelled one, or below its inverse, is no overfitting.
 SUSPECT = 3.0
 # Where targets are unbounded, a squared gradient at the output that grew by this much makes the step a suspect.
@@ -67,7 +74,7 @@ def at_least(forward: Forward, likelihood: Likelihood, terms: float) -> tuple[fl
     """
     if forward.multiplier is not None:
         return float(forward.multiplier), True
-    if forward.gradient is None or forward.find is not None:
+    if forward.gradient is None or not forward.gradient.numel() or forward.find is not None:
         return 0.0, False
     data = len(forward.output)
     enough = data if forward.lengths else min(DATA, max(1, LOOKED_AT * data // forward.output.numel()))
@@ -154,7 +161,7 @@ class LossMultiplier:
         return Undeclared(self.state)
 
     def _tell(self, local: LocalModel) -> None:
-        local.multiplier, local.scaler = self.loss, self.scaler
+        local.multiplier, local.scaler, local.smoothness = self.loss, self.scaler, Smoothness(self.state)
 
     @cached_property
     def bound(self) -> tuple[float, bool]:
@@ -196,9 +203,9 @@ class LossMultiplier:
             scaler = 1.0 if self.scaler == 1 else product / loss
         elif product != 1 or (evaluate and not (told or "multiplier" in self.state)):
             real = {name: g for name, g in gradients.items() if not g.is_complex()}
-            there = self.local.slope(real)
-            ratio = sum(float(g.double().square().sum()) for g in real.values()) / there if there else math.nan
-            scaler = _scaler(ratio, product / loss, NOISE if told else 1.0)
+            scaler = _scaler(_ratio(real, self.local), product / loss, NOISE if told else 1.0)
+            if not told and scaler not in (1.0, self.scaler) and scaler < LARGE:
+                scaler = _unless_clipped(_ratio(real, self.of_all()))
         if told:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
@@ -346,6 +353,27 @@ class LossMultiplier:
         self.state["multiplier"] = torch.tensor([loss, scaler])
         if "local" in self.__dict__:  # made before: what it has evaluated still holds
             self._tell(self.local)
+
+
+def _ratio(gradients: dict[str, Tensor], local: LocalModel) -> float:
+    """gᵀd / (g_f · J d) along the gradients themselves; NaN where nothing is told."""
+    there = local.slope(gradients)
+    return sum(float(g.double().square().sum()) for g in gradients.values()) / there if there else math.nan
+
+
+def _unless_clipped(ratio: float) -> float:
+    """S, from gᵀd / (g_f · J d) of all data; 1 for gradients that were clipped, of which it warns."""
+    exponent = -math.log2(ratio) if ratio > 0 else 0.0
+    if abs(exponent - round(exponent)) < POWER:
+        return 2.0 ** round(exponent)
+    if ratio < 1 / NOISE:
+        warnings.warn(
+            f"natgrad: the gradients were clipped to {ratio:.2g} of their length, and steps become as much shorter. "
+            "natgrad finds out how far to go: leave clipping out, as by `max_grad_norm=0.0` of a Trainer.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return 1.0
 
 
 def _scaler(ratio: float, before: float, noise: float) -> float:

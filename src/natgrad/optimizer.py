@@ -10,6 +10,7 @@ is 0. Parameter groups multiply α, and an automatic μ, by their rates. The par
 AdamW, in groups of their own (:mod:`natgrad.groups`).
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Literal
@@ -26,9 +27,10 @@ from natgrad.clipping import clip_scale, dot
 from natgrad.distributed import Distributed, like, whole
 from natgrad.groups import relative_rates, split
 from natgrad.layers import partition
+from natgrad.loading import AUTOMATIC, bitwise
 from natgrad.losses import Declared
 from natgrad.multiplier import LossMultiplier
-from natgrad.options import CurvatureOptions, check_rate
+from natgrad.options import CurvatureOptions, check_names, check_rate
 from natgrad.preconditioner import Preconditioner
 from natgrad.rates import Course, Direction, Refusals, by_average, by_model
 
@@ -41,7 +43,7 @@ class KFAC(torch.optim.Optimizer):
         loss: As for :class:`~natgrad.Preconditioner`.
         params: What is trained, as for every torch optimizer: parameters, named ones, or groups of them with their own
             ``lr`` and ``weight_decay``; all that require gradients, if left out. In each group AdamW trains those
-            without a layer, or all with ``"fallback": True``: with ``"lr"`` if it holds no others, else 1e-3.
+            without a layer, or all with ``"fallback": True``: with ``"lr"`` if it holds no others, else 3e-3.
         lr: A number, or ``"auto"``: the minimizer of the exact quadratic model. ``group["lr"]`` is then a factor that
             multiplies it, 1 to begin with, so that schedulers work in both cases.
         momentum: A number, or ``"auto"``: as for ``lr``. If both are automatic and batches turn out to be mostly noise,
@@ -81,6 +83,7 @@ class KFAC(torch.optim.Optimizer):
         kl_clip: float | None = None,
         **curvature: Unpack[CurvatureOptions],
     ) -> None:
+        check_names(curvature)
         check_rate("lr", lr, "auto")
         check_rate("momentum", momentum, "auto")
         check_rate("weight_decay", weight_decay)
@@ -98,8 +101,10 @@ class KFAC(torch.optim.Optimizer):
         self._latest_step: dict[nn.Parameter, Tensor] = {}
         self._refusals = Refusals()
         self._constructed = False
-        given = [p for p in self.preconditioner.model.parameters() if p.requires_grad] if params is None else params
-        super().__init__(given, {"lr": 1.0 if lr == "auto" else lr, "weight_decay": weight_decay})
+        every = list(self.preconditioner.model.parameters())
+        self._frozen = [p for p in every if not p.requires_grad] if params is None else []
+        defaults = {"lr": 1.0 if lr == "auto" else lr, "weight_decay": weight_decay, AUTOMATIC: self.automatic_lr}
+        super().__init__([p for p in every if p.requires_grad] if params is None else params, defaults)
         self.register_state_dict_post_hook(_complete)
         self._choose_layers()
         self._constructed = True
@@ -124,6 +129,19 @@ class KFAC(torch.optim.Optimizer):
         except ValueError:
             self.param_groups = before
             raise
+
+    def _tell_of_unfrozen(self) -> None:
+        """Parameters that were frozen when all were to be trained, and have a gradient now, are not trained."""
+        trained = {p for group in self.param_groups for p in group["params"]}
+        if names := [self._names[p] for p in self._frozen if p.grad is not None and p not in trained]:
+            self._frozen = []
+            warnings.warn(
+                f"natgrad: {', '.join(names[:3])}{' and others' * (len(names) > 3)} got a gradient, and will not be "
+                "trained, as they were frozen when the optimizer was made: add them by `optimizer.add_param_group("
+                '{"params": …})` when you unfreeze them.',
+                UserWarning,
+                stacklevel=4,
+            )
 
     @property
     def _evaluates(self) -> bool:
@@ -155,10 +173,9 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             RuntimeError: when there is no gradient, or a layer has one and was never seen running.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        self._tell_of_unfrozen()
         if not self.preconditioner.steps:
             self.state.update({p: states.known(kept) for p, kept in self.state.items()})
         with self.preconditioner.capture.aside():
@@ -190,7 +207,7 @@ class KFAC(torch.optim.Optimizer):
     def _stands(self, multiplier: LossMultiplier, finite: bool) -> bool:
         """Whether the previous step is left as it was; where new data show that it went much too far, it is undone."""
         # It may be on several ranks, so that it is looked at only where it is asked for.
-        step = cache(lambda: {p: whole(self.state[p]["velocity"]) for p in self._names if "velocity" in self.state[p]})
+        step = cache(lambda: {p: whole(self.state[p]["velocity"]) for p in self._names if self._has_moved(p)})
         if not self.automatic_lr or not multiplier.in_doubt(finite, lambda: dot(step(), self.preconditioner.gradient)):
             return True
         if not step() or multiplier.accepts({self._names[p]: v for p, v in step().items()}):
@@ -214,26 +231,25 @@ class KFAC(torch.optim.Optimizer):
             bound = self.preconditioner.kl_clip / max(lr, 1e-30) ** 2
             scale = clip_scale(natural, self.preconditioner.gradient, bound, shares)
             torch._foreach_mul_(list(natural.values()), scale)
-        previous = {p: whole(self.state[p]["velocity"]) for p in natural if "velocity" in self.state[p]}
+        previous = {p: whole(self.state[p]["velocity"]) for p in natural if self._has_moved(p)}
         if len(previous) < len(natural):
             previous = {}
-        even = min(shares.values()) == 1
-        if not even:  # steps are chosen among those that are so related
+        onward = previous
+        if min(shares.values()) < 1:  # steps are chosen among those that are so related
             natural = {p: direction * shares[p] for p, direction in natural.items()}
-            if self.automatic_lr and averaged is None:
-                previous = {p: velocity * shares[p] for p, velocity in previous.items()}
+            if previous and self.automatic_lr and averaged is None:
+                onward = {p: velocity * shares[p] for p, velocity in previous.items()}
         times = lr if self.automatic_lr else 1.0
-        looks = self.preconditioner.capture.sampling  # so the damping is automatic
-        own = self.preconditioner.gradient
-        course = Course(self._names, natural, previous, own, times, even or averaged is not None, looks)
+        looks, own = self.preconditioner.capture.sampling, self.preconditioner.gradient  # the damping is automatic
+        course = Course(self._names, natural, previous, onward, own, times, looks)
         alpha, mu = self._coefficients(course, averaged, lr)
         self._diagnostics.update(lr=alpha, momentum=mu)
-        self._move(natural, previous, shares, alpha, mu)
+        self._move(natural, onward, shares, alpha, mu)
         if self.preconditioner.may_average and averaged is None:
             self._averages().rest()
 
     def _move(
-        self, natural: Direction, previous: Direction, shares: dict[nn.Parameter, float], alpha: float, mu: float
+        self, natural: Direction, onward: Direction, shares: dict[nn.Parameter, float], alpha: float, mu: float
     ) -> None:
         """θ ← (1 − rate · weight_decay) θ + v; the tensors of ``natural`` become v."""
         self._latest_step = natural
@@ -243,13 +259,16 @@ class KFAC(torch.optim.Optimizer):
                 parameter.mul_(1 - alpha * shares[parameter] * decays[parameter])
             velocity = direction.mul_(-alpha)
             if self.momentum != 0.0 or self.automatic_lr:
-                if previous and mu:
-                    velocity.add_(previous[parameter], alpha=mu)
+                if onward and mu:
+                    velocity.add_(onward[parameter], alpha=mu)
                 self.state[parameter]["velocity"] = like(velocity, parameter)
             parameter.add_(like(velocity.to(parameter.dtype), parameter))
         for parameter in self._names.keys() - natural.keys():
-            if self._evaluates and "velocity" in self.state[parameter]:  # of a layer that was not used, and so rested
+            if self._evaluates and self._has_moved(parameter):  # of a layer that was not used, and so rested
                 self.state[parameter]["velocity"].zero_()
+
+    def _has_moved(self, parameter: nn.Parameter) -> bool:
+        return "velocity" in self.state.get(parameter, {})  # a look at what is not there would put it there
 
     def _averages(self) -> Averages:
         return Averages(self.state, [p for layer in self.preconditioner.layers for p in layer.parameters])
@@ -300,40 +319,16 @@ class KFAC(torch.optim.Optimizer):
         """Load what ``state_dict`` returned, bitwise: each tensor keeps its own dtype, whatever the parameter's.
 
         Raises:
-            ValueError: when the groups, layers or their sizes are not this model's; nothing is loaded then.
+            ValueError: when the groups, layers or their sizes are not this model's, or ``lr`` was automatic and is not,
+                or the other way round; nothing is loaded then.
         """
-        pre, arrived = self.preconditioner, dict[Tensor, dict[str, Tensor]]()
-
-        def look(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            saved = [index for group in given["param_groups"] for index in group["params"]]
-            ours = [parameter for group in self.param_groups for parameter in group["params"]]
-            for index, parameter in zip(saved, ours, strict=False):
-                arrived[parameter] = states.known(given["state"].get(index, {}))
-            states.check(pre.layers, {layer.name: arrived.get(layer.parameters[0], {}) for layer in pre.layers})
-
-        def keep(_: torch.optim.Optimizer) -> None:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    # Torch casts to the dtype of the parameter, or else shares memory; AdamW wants the dtype.
-                    cast = {name: self.state[p][name] for name in arrived[p]} if group["fallback"] else arrived[p]
-                    self.state[p] = states.copied(cast, p)
-            pre.resume()
-
-        # The user's hooks may change what is loaded, and may see what was.
-        handles = [
-            self.register_load_state_dict_pre_hook(look),
-            self.register_load_state_dict_post_hook(keep, prepend=True),
-        ]
-        try:
+        with bitwise(self, self.preconditioner):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
         self._diagnostics, self._latest_step = {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, to be made between two steps; the model comes along."""
-        ours = ("preconditioner", "automatic_lr", "momentum", "undone_steps", "_names", "_constructed")
+        ours = ("preconditioner", "automatic_lr", "momentum", "undone_steps", "_names", "_frozen", "_constructed")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -379,12 +374,11 @@ class KFAC(torch.optim.Optimizer):
             - ``loss_multiplier``: what the loop multiplies the declared loss by, as far as that can be known; see
               :mod:`natgrad.multiplier`.
             - ``undone_steps``: steps taken back because data that came later showed that they went much too far, since
-              construction.
+              construction; not their weight decay, nor AdamW's steps.
             - ``halvings``: how often the step was halved before the loss fell by enough.
         """
         values: diagnostics.Values = {"undone_steps": float(self.undone_steps), **self._diagnostics}
-        step = self._latest_step
-        if step:
+        if step := self._latest_step:
             values |= diagnostics.norms(step, list(step))
         if per_layer:
             values |= diagnostics.of_step(self.preconditioner.layers, self.preconditioner.states(), step)

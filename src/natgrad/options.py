@@ -1,6 +1,6 @@
 """What :class:`~natgrad.Preconditioner` and :class:`~natgrad.KFAC` both understand, and what is refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict, TypeGuard, get_args
 
 import torch
@@ -37,12 +37,27 @@ def module_of(given: object) -> nn.Module:
             f"`model` must be the model itself, a torch.nn.Module, not a {type(model).__name__}: natgrad watches its "
             "layers. To train only some of its parameters, pass them as `params=` besides."
         )
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise TypeError(
+            "`model` is a torch.nn.DataParallel of several devices, whose replicas run in threads and cannot be "
+            "watched: use torch.nn.parallel.DistributedDataParallel, as torch itself recommends, or one device."
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "`model` was scripted or traced, and its layers cannot be watched any more: give natgrad the module that "
             "it was made from, and script that after training."
         )
     return model
+
+
+def check_names(given: Mapping[str, object]) -> None:
+    """Raise a ``TypeError`` for an option that :class:`~natgrad.KFAC` does not have."""
+    known = CurvatureOptions.__annotations__
+    for name in given.keys() - known.keys():
+        raise TypeError(
+            f"natgrad.KFAC has no option {name!r}; of the curvature it has {', '.join(known)}. AdamW's, for parameters "
+            'without a layer, belong in a group of these among the `params`, {"params": …, "fallback": True}.'
+        )
 
 
 def check_fisher(fisher: str, likelihood: Likelihood | None) -> None:

@@ -26,11 +26,11 @@ from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, res
 from natgrad.factors import automatic_decay, resolve_sharing, share_known, update_average
 from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
+from natgrad.local_model import LocalModel
 from natgrad.losses import Declared, resolve
 from natgrad.metric import Metric
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import check_fisher, check_inverse, check_numbers, check_periods, check_positive, module_of
-from natgrad.quadratic import LocalModel
 from natgrad.schedule import Period
 from natgrad.trust import Trust
 
@@ -246,7 +246,7 @@ class Preconditioner:
             self.skipped_steps += 1
             _logger.warning("step %d skipped: a gradient or a statistic is not finite", self.steps)
             return False
-        trains = batch.latest is not None and batch.latest.gradient is not None
+        trains = batch.latest is not None and batch.latest.gradient is not None and batch.data > 0
         if not trains and not any(g.any() for g in gradients):
             return False
         if self.multiplier is not None:
@@ -377,10 +377,10 @@ class Preconditioner:
 
     def _multiplier(self, batch: Batch) -> LossMultiplier | None:
         """For what a batch tells about the number that multiplies the loss; None without a loss or a backward pass."""
-        likelihood, forward = self.loss.likelihood, batch.latest
-        if likelihood is None or forward is None or forward.gradient is None:
+        forward, likelihood = batch.latest, self.loss.likelihood
+        if likelihood is None or forward is None or forward.gradient is None or not forward.data:
             return None
-        forward.see_what_counts(likelihood)
+        forward.see_what_counts(likelihood := forward.likelihood or likelihood)
         ranks = Ranks(self.world, batch.part, forward.output)
         state, select = self._state(self.layers[0]), self.capture.view
         local = partial(LocalModel, self.model, likelihood, select, forward, batch.terms, ranks)

@@ -1,263 +1,21 @@
-"""Stage 7, second half: what the loss does along a few directions, and the step that follows.
+"""Stage 7, second half: the step that follows from what the loss does along a few directions.
 
-Along directions V = [d₁ d₂ …] the loss is modelled as L(θ + Vc) ≈ L + bᵀc + ½ cᵀMc with b = Vᵀg and M = VᵀFV, where F
-is the Gauss-Newton matrix of the *whole* network, not its Kronecker approximation:
-
-    M_ij = R Σ_n (J_n d_i)ᵀ ∇²c (J_n d_j)
-
-so two Jacobian-vector products, on some of the batch, are all it takes (:mod:`natgrad.derivatives`); nothing is
-backpropagated. Minimizing over c gives rate and momentum at once: d₁ is the natural gradient, d₂ the previous step.
-
-In these sums a few data may outweigh all others: the direction is made for those that are not learnt yet, and changes
-their outputs most. So half of the chosen data are those of the longest gradients at the output; the other half stand
-for the rest.
-
-The model holds near θ only. Whether a step s is short enough is seen by a forward pass before and after it, without the
-targets: with f and f′ the outputs, and g_f the gradient that the user's loss sent to f,
-
-    L(θ + s) − L(θ) = g_f · (f′ − f) + R Σ KL(f ‖ f′)
-
-because in every named loss the targets enter linearly. Dropout or batch statistics may make f another than the user's
-f₀; then g_f is the user's gradient plus R (∇c(f) − ∇c(f₀)). A step whose loss falls by too little is halved.
+Minimizing the quadratic model bᵀc + ½ cᵀMc (:mod:`natgrad.local_model`) over c gives rate and momentum at once: d₁ is
+the natural gradient, d₂ the previous step. A step whose loss falls by too little in fact is halved.
 
 Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from natgrad.batch import Forward, shuffled
-from natgrad.derivatives import Outputs, along, directional_derivative, length, without_graph
-from natgrad.distributed import Ranks, is_sharded, whole
-from natgrad.layers import at_least_float32, uses_batch_statistics
-from natgrad.likelihoods import Likelihood
-from natgrad.losses import Weights
-from natgrad.outputs import rearrangement
-from natgrad.rerun import REFUSALS, rerun, stratified, subsample
+from natgrad.local_model import LocalModel
 
-# The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
-SHARE, MIN_DATA = 1 / 40, 128
-# Outputs further from those of the whole pass, relative to their size, are another's: half precision is closer.
-APART = 0.1
 # A step is taken when the loss falls by this share of what the model predicts, and else halved up to so many times.
 SUFFICIENT, HALVINGS = 0.1, 8
-
-
-class LocalModel:
-    """The loss near the current parameters, from some of one forward pass's data.
-
-    Args:
-        model: The module; its buffers and the random stream stay as they are.
-        likelihood: Of the loss.
-        select: From the model's return value to the tensor that the loss sees.
-        forward: A forward pass whose backward pass is done.
-        terms: What the reduction divides by, over the whole batch: more than that forward's when it was split.
-        ranks: Of a data-parallel run; the model is that of the mean of their losses, the same on all of them.
-        more: So many times as many data as usual.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: Likelihood,
-        select: Callable[[Any], Tensor],
-        forward: Forward,
-        terms: float,
-        ranks: Ranks | None = None,
-        more: float = 1.0,
-    ) -> None:
-        self.model, self.likelihood, self.select = model, likelihood, select
-        self.ranks = ranks or Ranks()
-        self.forward, self.total_terms = forward, terms
-        self.rearrange = forward.rearrange or rearrangement(forward.seen, forward.output)
-        # The user's loss is so many times the declared one, and its gradient at the output so many times longer still.
-        self.multiplier, self.scaler = 1.0, 1.0
-        # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
-        self.parts = (0.0, 0.0)
-        self._products, self._reasons = list[Tensor](), list[str]()  # J d of the latest `curvature`; why by differences
-        self._differentiates = False
-        self._ruled_out: Tensor | None = None  # where the user's output is −∞
-        self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
-        enough = round(min(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data), forward.data))
-        # Only all data together draw the dropout that they drew before.
-        apart = forward.chance is None and not forward.lengths
-        if not (enough < forward.data and apart and self._take_some(enough)):
-            self._take_all()
-        impossible = self._take(forward.output).isneginf()
-        self._ruled_out = impossible if impossible.any() else None
-        self.weights = None if forward.weights is None else Weights(*map(self._take, forward.weights))
-        # Of the user's loss: of one micro-batch among several, the gradient is that of a part.
-        self.share = self.size / forward.data * (forward.terms(likelihood) / terms if terms else 1.0)
-
-    def _take_all(self) -> None:
-        """Be of all data of the pass."""
-        self.size = self.forward.data
-        self.chosen: slice | Tensor = slice(None)
-        self.emphasis = torch.ones(self.size, device=self.forward.output.device)
-        self.args, self.kwargs = self.forward.args, self.forward.kwargs
-        self._before: Outputs | None = None
-
-    def _take_some(self, size: int) -> bool:
-        """Be of so many data; False if the network cannot be run on them alone, or makes something else of them then.
-
-        Batch statistics are others among fewer data, and no reason to take all.
-        """
-        forward = self.forward
-        assert forward.gradient is not None
-        order = shuffled(forward.data, forward.seed).to(forward.output.device)
-        self.size = size
-        self.chosen, self.emphasis = stratified(order, size, forward.gradient.reshape(forward.data, -1))
-        try:
-            arguments = subsample(forward, self.chosen)
-            if arguments is None:
-                return False
-            self.args, self.kwargs = arguments
-            self._before = self._run({})
-        except REFUSALS:
-            return False
-        (returned, output), expected = self._before, self._take(forward.output)
-        if (returned.shape, output.shape) != (self._take(forward.gradient).shape, expected.shape):
-            return False
-        apart = torch.linalg.vector_norm(output - expected) > APART * torch.linalg.vector_norm(expected)
-        return not apart or any(map(uses_batch_statistics, self.model.modules()))
-
-    @property
-    def has_all(self) -> bool:
-        """Whether it is of all data of the pass."""
-        return self.size == self.forward.data
-
-    def differentiates(self) -> bool:
-        """Whether the network was seen to differentiate itself."""
-        return self._differentiates
-
-    def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
-        """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move.
-
-        The last of several directions is the previous step, whose length says how far differences may look.
-        """
-        parameters = self._parameters(directions[0])
-        tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
-        previous, data = tangents[-1] if len(tangents) > 1 else None, self.forward.data / (self.ranks.part or 1.0)
-        self._before, self._products = along(
-            self._run, parameters, tangents, previous, data, self._before, self.differentiates, self._reasons.append
-        )
-        _, at = self._before
-        root = self._weigh(at).sqrt()
-        J = torch.stack([(product * root).flatten() for product in self._products])
-        HJ = torch.stack(
-            [(root * self.likelihood.hessian_product(at, product)).flatten() for product in self._products]
-        )
-        return self.ranks.mean(self._scale(at) * (J @ HJ.mT))
-
-    def slopes(self) -> Tensor | None:
-        """Of the declared loss along the directions of the latest ``curvature``; None unless they are exact.
-
-        Returns:
-            (2, k): the slopes, and what they would be if all their terms had one sign, by which rounding is measured.
-        """
-        is_all = self.has_all and self.forward.terms(self.likelihood) == self.total_terms
-        if not is_all or self._reasons or self.forward.find is not None:
-            return None
-        arrived = self._arrived() / self.scaler
-        terms = [(arrived * product).double() for product in self._products]
-        return self.ranks.mean(torch.stack([torch.stack([t.sum(), t.abs().sum()]) for t in terms], dim=1))
-
-    def slope(self, direction: dict[str, Tensor]) -> float:
-        """Derivative along the direction of what the user differentiated, by its gradient at the output."""
-        parameters = self._parameters(direction)
-        tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
-        self._before, (product, _) = directional_derivative(self._run, parameters, tangent)
-        return float(self.ranks.mean(torch.sum(self._arrived() * product)))
-
-    def change(self, step: dict[str, Tensor]) -> float:
-        """By how much the loss would change if the parameters moved by ``step``.
-
-        Evaluated on the same data as the model, with the same dropout before and after.
-        """
-        parameters = self._parameters(step)
-        if self._before is None:
-            self._before = self._run(parameters)
-        returned, before = self._before
-        returned_after, after = self._run({name: p + step[name].to(p.dtype) for name, p in parameters.items()})
-        weight = self._weigh(before)
-        divergence = weight * self.likelihood.divergence(before, after)
-        users = at_least_float32(self._take(self.forward.output))
-        shift = self._scale(before) * weight * self.likelihood.gradient_change(users, before)
-        linear = torch.sum(self._arrived() / self.scaler * (returned_after - returned)) + torch.sum(
-            shift * (after - before)
-        )
-        bend = self._scale(before) * divergence.sum()
-        slope, rise = map(float, self.ranks.mean(torch.stack([linear, bend])))
-        self.parts = (slope, 2 * rise)
-        return slope + rise
-
-    def size_of(self, direction: dict[str, Tensor]) -> float:
-        """Length of the parameters that a direction moves."""
-        return float(length(self._parameters(direction).values()))
-
-    def is_finite(self, step: dict[str, Tensor]) -> bool:
-        """Whether the output would be finite if the parameters moved by ``step``."""
-        moved = {name: p + step[name].to(p.dtype) for name, p in self._parameters(step).items()}
-        return self.ranks.all(bool(self._run(moved)[1].isfinite().all()))
-
-    def _parameters(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._gathered.get(name, self.model.get_parameter(name).detach()) for name in like}
-
-    def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The tensor whose gradient was noted, and the one that the loss sees."""
-        raw = self._rerun({**self._gathered, **parameters})
-        output = at_least_float32(self.rearrange(self.select(raw)))
-        if self._ruled_out is not None:  # masked logits, whose difference would not be a number
-            output = output.masked_fill(self._ruled_out, torch.finfo(output.dtype).min / 4)
-        outputs = output if self.forward.find is None else at_least_float32(self.forward.find(raw)), output
-        self._differentiates |= output.requires_grad and not torch.is_grad_enabled()  # it enables gradients
-        return without_graph(outputs) if self._differentiates else outputs
-
-    def _rerun(self, parameters: dict[str, Tensor]) -> Any:
-        once_more = partial(rerun, self.model, parameters, self.args, self.kwargs, self.forward.chance)
-        if not self._differentiates:
-            try:
-                return once_more()
-            except RuntimeError as error:
-                if torch.is_grad_enabled() or "does not require grad" not in str(error):
-                    raise
-        self._differentiates = True  # an energy, to get forces, or a solution, to get residuals
-        with torch.enable_grad():
-            return once_more()
-
-    def _scale(self, output: Tensor) -> float:
-        """R for these data, as if they were the whole batch."""
-        own: float = self.likelihood.terms(output)
-        if self.weights is not None and self.likelihood.reduction == "mean":
-            counted = self.weights.terms * self._emphasis(self.weights.terms)
-            own = float(counted.sum()) or 1.0  # all ignored: nothing is left to be scaled
-        return self.multiplier * self.likelihood.scale(self.total_terms) * self.total_terms / own
-
-    def _weigh(self, output: Tensor) -> Tensor:
-        """What each criterion counts, for a sum that stands for all of the chosen data's."""
-        rows = self._emphasis(output)
-        return rows if self.weights is None else self.weights.curvature * rows
-
-    def _arrived(self) -> Tensor:
-        """The gradient of the user's loss at the chosen data's outputs, as if they were the whole batch."""
-        assert self.forward.gradient is not None
-        taken = self._take(self.forward.gradient)
-        return taken * self._emphasis(taken) / self.share
-
-    def _emphasis(self, like: Tensor) -> Tensor:
-        """Of each row of a tensor that has one or several for each chosen datum."""
-        each = self.emphasis.to(like.dtype).repeat_interleave(len(like) // len(self.emphasis))
-        return each.reshape(-1, *[1] * (like.ndim - 1))
-
-    def _take(self, rows: Tensor) -> Tensor:
-        """The chosen data's rows, of a tensor that has one or several for each datum."""
-        chosen: Tensor = rows.unflatten(0, (self.forward.data, -1))[self.chosen].flatten(0, 1)
-        return chosen
 
 
 @dataclass(frozen=True)
@@ -303,7 +61,8 @@ def choose(
 
     Args:
         local: The loss near the current parameters.
-        directions: The natural gradient downhill and, perhaps, the previous step, by parameter name.
+        directions: The natural gradient downhill and, perhaps, the previous step, by parameter name; that one is the
+            last, if there are more.
         b: Products of the loss's gradient with the directions.
         given: Coefficients that the user chose; None for those that are free.
         find_rest: What of the loss was not declared, once the curvature of what was is known.
@@ -364,8 +123,8 @@ def shorten(
 
 
 def looking_back(b: Tensor, M: Tensor) -> float:
-    """Change of the loss over the previous step, the second direction, by the model at its end."""
-    return float(b[1] - M[1, 1] / 2)
+    """Change of the loss over the previous step, the last direction, by the model at its end."""
+    return float(b[-1] - M[-1, -1] / 2)
 
 
 def combine(directions: Sequence[dict[str, Tensor]], c: Tensor) -> dict[str, Tensor]:

@@ -40,34 +40,43 @@ class Course:
     Attributes:
         names: Of all parameters of the model.
         natural: The natural gradient.
-        previous: The previous step, or what the rates of the groups leave of it; empty if there was none.
+        previous: The previous step; empty if there was none.
+        onward: What the rates of the groups leave of it, to be added to the next.
         gradient: Of the loss on this batch.
         times: What a chosen step is multiplied by before it is taken.
-        whole: Whether ``previous`` is the step that was taken, so that a batch can tell how good that was.
         looks: Whether to look for a reason where steps are refused; with a damping that was given, that may be it.
     """
 
     names: Mapping[nn.Parameter, str]
     natural: Direction
     previous: Direction
+    onward: Direction
     gradient: Gradient
     times: float
-    whole: bool
     looks: bool
 
     def directions(self) -> list[dict[str, Tensor]]:
-        """Downhill along the natural gradient and, if there was one, the previous step; by parameter name."""
+        """By parameter name: downhill along the natural gradient; onward, where rates are uneven; the previous step."""
         downhill = {self.names[p]: -d for p, d in self.natural.items()}
-        return [downhill, *([self.back] if self.previous else [])]
+        onward = [self._named(self.onward)] if self.is_uneven else []
+        return [downhill, *onward, *([self.back] if self.previous else [])]
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether what is left of the previous step is another direction."""
+        return self.onward is not self.previous
 
     @property
     def back(self) -> dict[str, Tensor]:
         """The previous step, by parameter name."""
-        return {self.names[p]: d for p, d in self.previous.items()}
+        return self._named(self.previous)
 
     def slope(self) -> Tensor:
         """Of the loss along the previous step, a scalar; 0 if there was none."""
         return dot(self.previous, self.gradient) if self.previous else torch.zeros(())
+
+    def _named(self, direction: Direction) -> dict[str, Tensor]:
+        return {self.names[p]: d for p, d in direction.items()}
 
 
 @dataclass
@@ -112,19 +121,19 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
         given: α and μ where the user chose them, else None.
     """
     directions, promised, trust = course.directions(), multiplier.promised, Trust(multiplier.state)
-    slopes = [-dot(course.natural, course.gradient), course.slope()][: len(directions)]
+    onward = [dot(course.onward, course.gradient)] if course.is_uneven else []
+    slopes = [-dot(course.natural, course.gradient), *onward, course.slope()][: len(directions)]
     b = multiplier.ranks.mean(torch.stack([slope.cpu() for slope in slopes]))
     rest = multiplier.undeclared
-    if not course.whole:
-        rest.forget()
     free = given[0] is None and not given[1]  # with a given momentum a shorter step is none downhill
-    is_witness = course.whole and free and not multiplier.is_repeated
+    is_witness = free and not multiplier.is_repeated
+    given = [*given, 0.0] if course.is_uneven else given[: len(directions)]
 
     def judge(change: float) -> float:
         # What nothing refutes stands.
         return trust.judge(promised, change if is_witness else promised, lambda: multiplier.changed_by(course.back))
 
-    c, told = quadratic.choose(multiplier.local, directions, b, given[: len(directions)], rest.along, judge)
+    c, told = quadratic.choose(multiplier.local, directions, b, given, rest.along, judge)
     slope, bend = (own + more for own, more in zip(multiplier.local.parts, rest.parts(c), strict=True))
     _look_back(multiplier, course, told, promised)
     multiplier.promise(course.times * slope, course.times**2 * bend)
@@ -210,7 +219,7 @@ def _measured(
     total = torch.tensor([-slopes.own, slopes.back], dtype=M.dtype)[: len(directions)]
     more = rest.along(multiplier.local, directions, total)
     M = M if more is None else M + more.curvature
-    if course.whole and len(total) > 1:
+    if len(total) > 1:
         trust.judge(promised, quadratic.looking_back(total, M), lambda: multiplier.changed_by(course.back))
     pace.measure(slopes.averaged, float(M[0, 0]), due)
     b, c = torch.zeros(2, len(directions), dtype=torch.float64)
@@ -227,7 +236,7 @@ def _measured(
 
 def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised: float) -> None:
     """What trying a step has shown: of the previous one, and of how many data the model needs."""
-    if course.whole and "previous_change" in told:
+    if "previous_change" in told:
         multiplier.confirm(told["previous_change"], promised)
         if Trust(multiplier.state).averages:
             multiplier.look_back(course.back, promised)

@@ -6,13 +6,14 @@ same as through the user's, and to much less work: the gradient of a datum does 
 meet in batch statistics, and not on chance, unless there is dropout. Whether it does is seen at the outputs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from natgrad.batch import Forward
 from natgrad.calls import Call
@@ -28,6 +29,9 @@ SAME = 0.01
 # What a model raises that does not take some of the data alone, as it is made for one size of batch or relates them.
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
+# Attributes that torch gives every module.
+_BOOKKEEPING = vars(nn.Module()).keys()
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional ones, and those by keyword."""
 
@@ -41,7 +45,7 @@ def rerun(
 ) -> Any:
     """What the model returns with ``tensors`` in the place of its parameters of these names.
 
-    Its buffers and the random streams stay as they are, so that dropout is the same every time.
+    Its buffers, its attributes and the random streams stay as they are, so that dropout is the same every time.
 
     Args:
         model: The module.
@@ -51,11 +55,45 @@ def rerun(
         chance: Where its random streams begin, if not as they are now.
     """
     # Copies made in here may be written to under differentiation; captured ones may not.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with streams_left_alone(model), shards_left_alone(model), uncompiled(model):
+    at, copies = places(model), {name: buffer.clone() for name, buffer in model.named_buffers()}
+    everywhere = {place: tensor for name, tensor in {**tensors, **copies}.items() for place in at[name]}
+    with attributes_left_alone(model), streams_left_alone(model), shards_left_alone(model), uncompiled(model):
         if chance is not None:
             chance.restore()
-        return functional_call(model, {**tensors, **buffers}, args, kwargs)
+        # Torch would find these places itself, and leave other tensors in modules that are registered twice.
+        return functional_call(model, everywhere, args, kwargs, tie_weights=False)
+
+
+def places(model: nn.Module) -> dict[str, list[str]]:
+    """Where each parameter and buffer is, by its name: there, and under other names where modules share it."""
+    first, found = dict[int, str](), dict[str, list[str]]()
+    for prefix, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                found.setdefault(first.setdefault(id(tensor), name), []).append(name)
+    return found
+
+
+@contextmanager
+def attributes_left_alone(model: nn.Module) -> Iterator[None]:
+    """What modules note in their attributes in here, such as a penalty for the loop to add, is not there afterwards.
+
+    Lists, dictionaries and sets get back what was in them, too.
+    """
+    noted = [(vars(module), vars(module).keys() - _BOOKKEEPING) for module in model.modules()]
+    before = [{name: attributes[name] for name in names} for attributes, names in noted]
+    contents = [(value, value.copy()) for kept in before for value in kept.values() if type(value) in (list, dict, set)]
+    try:
+        yield
+    finally:
+        for (attributes, _), kept in zip(noted, before, strict=True):
+            for name in attributes.keys() - _BOOKKEEPING - kept.keys():
+                del attributes[name]
+            attributes.update(kept)
+        for value, content in contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 def subsample(forward: Forward, chosen: Tensor) -> Arguments | None:
@@ -74,6 +112,17 @@ def subsample(forward: Forward, chosen: Tensor) -> Arguments | None:
         for leaf, is_of_data in zip(leaves, of_data, strict=True)
     ]
     return cast(Arguments, tree_unflatten(taken, structure))
+
+
+def widened(arguments: Arguments, model: nn.Module) -> Arguments:
+    """With floating-point tensors as wide as the parameters: natgrad's passes are without the user's autocast."""
+    wide = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def widen(leaf: Any) -> Any:
+        narrow = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
+        return leaf.to(torch.promote_types(leaf.dtype, wide)) if narrow else leaf
+
+    return cast(Arguments, tree_map(widen, arguments))
 
 
 def _tells_places(value: Any, kept: int) -> bool:

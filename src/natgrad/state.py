@@ -32,6 +32,7 @@ OF_ALL = {
     "pace": 5,
     "progress": 8,
     "undeclared": 3,
+    "smooth": 1,
 }
 
 

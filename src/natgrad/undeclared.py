@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.quadratic import LocalModel, Rest
+from natgrad.local_model import LocalModel
+from natgrad.quadratic import Rest
 
 # So many steps in a row that are refused are no chance.
 PATIENCE = 3
@@ -58,7 +59,7 @@ class Undeclared:
 
         Args:
             local: Of the declared loss, on all data of the batch.
-            directions: By parameter name; the second, if there is one, is the latest step.
+            directions: By parameter name; the last, if there are several, is the latest step.
             b: Slopes of the loop's loss along them.
         """
         own = local.slopes() if self.is_found else None
@@ -66,8 +67,8 @@ class Undeclared:
             return None
         slopes, squares = b - own[0], _products(directions)
         _, bend, start = self._kept
-        if start == start and len(b) > 1 and squares[1, 1] > 0:
-            seen = max(float((slopes[1] - start) / squares[1, 1]), 0.0)
+        if start == start and len(b) > 1 and squares[-1, -1] > 0:
+            seen = max(float((slopes[-1] - start) / squares[-1, -1]), 0.0)
             bend = DECAY * bend + (1 - DECAY) * seen if bend else seen
         self._keep(PATIENCE, bend)
         self._latest = Rest(slopes, squares, bend, REACH * local.size_of(directions[0]))

@@ -16,15 +16,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from natgrad.curvature import Block, curvature
+from natgrad.curvature import Block, curvature, unobserved
 from natgrad.derivatives import directional_derivative
-from natgrad.layers import Layer, Sharing, at_least_float32
+from natgrad.layers import Layer, Sharing, at_least_float32, unwrap
 from natgrad.losses import Declared, Loss, Weights, resolve
 from natgrad.outputs import View
 from natgrad.report import format_table
+from natgrad.rerun import rerun
 
 # A layer with more parameters is sampled: its block alone takes 16 MB in float32 at this size. So is a batch with more
 # output entries, each of which takes a backward pass.
@@ -123,27 +123,28 @@ def verify(
         >>> natgrad.verify(model, x, y, "mse").layers[0].verdict
         'exact'
     """
-    meaning = resolve(loss)
+    model, meaning = unwrap(model), resolve(loss)
     view = View(output, meaning)
-    x, y, notes = _restrict(model, x, y, view, max_outputs)
-    options: dict[str, Any] = {"fisher": "exact", "sharing": sharing, "output": output}
-    kfac = curvature(model, x, y, loss, **options)
-    ekfac = curvature(model, x, y, loss, **options, ekfac=True)
-    truth = Truth(model, meaning, x, y, view)
-    layers = {name: block.layer for name, block in kfac.items()}
-    small = [layer for layer in layers.values() if kfac[layer.name].spectrum.numel() <= max_parameters]
-    dense = truth.dense(small)
-    generator = torch.Generator().manual_seed(seed)
-    reports = []
-    for name, layer in layers.items():
-        blocks = kfac[name], ekfac[name]
-        if name in dense:
-            reports.append(_compare(blocks, dense[name], truth.gradient(layer), damping))
-        else:
-            reports.append(_compare_by_products(blocks, truth, generator))
-    if len(small) < len(layers):
-        notes.append(f"* of a layer with more than {max_parameters:,} parameters: from {PROBES} random products.")
-    return Verification(reports, notes)
+    with unobserved(model):
+        x, y, notes = _restrict(model, x, y, view, max_outputs)
+        options: dict[str, Any] = {"fisher": "exact", "sharing": sharing, "output": output}
+        kfac = curvature(model, x, y, loss, **options)
+        ekfac = curvature(model, x, y, loss, **options, ekfac=True)
+        truth = Truth(model, meaning, x, y, view)
+        layers = {name: block.layer for name, block in kfac.items()}
+        small = [layer for layer in layers.values() if kfac[layer.name].spectrum.numel() <= max_parameters]
+        dense = truth.dense(small)
+        generator = torch.Generator().manual_seed(seed)
+        reports = []
+        for name, layer in layers.items():
+            blocks = kfac[name], ekfac[name]
+            if name in dense:
+                reports.append(_compare(blocks, dense[name], truth.gradient(layer), damping))
+            else:
+                reports.append(_compare_by_products(blocks, truth, generator))
+        if len(small) < len(layers):
+            notes.append(f"* of a layer with more than {max_parameters:,} parameters: from {PROBES} random products.")
+        return Verification(reports, notes)
 
 
 def _restrict(model: nn.Module, x: Any, y: Any, view: View, max_outputs: int) -> tuple[Any, Any, list[str]]:
@@ -208,7 +209,7 @@ class Truth:
         step = {self.names[p]: d.contiguous() for p, d in zip(layer.parameters, layer.from_matrix(V), strict=True)}
 
         def output(moving: dict[str, Tensor]) -> tuple[Tensor]:
-            return (self.select(functional_call(self.model, moving, (self.x,))),)
+            return (self.select(rerun(self.model, moving, (self.x,), {})),)
 
         _, (Jv,) = directional_derivative(output, parameters, step)
         HJv = self.scale * self._hessian(Jv.unsqueeze(0), slice(None)).squeeze(0)

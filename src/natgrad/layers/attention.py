@@ -7,14 +7,19 @@ different gradients, and in cross-attention different inputs. Separate input pro
 layer each; the bias that they share is left to the fallback. All tensors inside have the sequence first: (L, N, embed).
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from natgrad.layers.base import Layer, Recorder, register
+
+Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``torch.nn.functional.linear``."""
 
 
 @register(nn.MultiheadAttention)
@@ -98,31 +103,69 @@ class ProjectionLayer(Layer):
 
 
 class _StandIn:
-    """Replaces ``torch.nn.functional.linear`` between ``enter`` and ``leave``."""
+    """Looks at the calls of ``torch.nn.functional.linear`` between ``enter`` and ``leave``.
+
+    Several may look at once, at the same module or in other threads, and leave in any order.
+    """
 
     def __init__(self, layers: Sequence[ProjectionLayer], recorder: Recorder) -> None:
         self.layers, self.recorder = layers, recorder
         self.data = 1
-        self.original: Any = None
 
     def enter(self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         query = args[0] if args else kwargs["query"]
-        if self.recorder.wants(self.layers) and self.original is None:
+        if self.recorder.wants(self.layers) and self not in _here.looking:
             self.data = 1 if query.ndim == 2 else query.shape[0 if module.batch_first else 1]
-            self.original, nn.functional.linear = nn.functional.linear, self.linear  # type: ignore[assignment]
+            _here.looking.append(self)
+            _replacement.hold()
 
     def leave(self, *_: Any) -> None:
-        if self.original is not None:
-            nn.functional.linear, self.original = self.original, None
+        if self in _here.looking:
+            _here.looking.remove(self)
+            _replacement.release()
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, below: Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         for layer in self.layers:
             blocks = layer.blocks_of(weight)
             if blocks is not None:
                 rows = x if x.ndim == 3 else x.unflatten(0, (-1, self.data))  # (L · N, embed) at the output projection
-                z: Tensor = self.original(rows, weight, bias)
+                z = below(rows, weight, bias)
                 data_first = rows.detach().transpose(0, 1)
                 self.recorder.record(layer, data_first, z, blocks if layer.blocks else slice(None))
                 return z.reshape(*x.shape[:-1], -1)
-        plain: Tensor = self.original(x, weight, bias)
-        return plain
+        return below(x, weight, bias)
+
+
+class _Here(threading.local):
+    """Those that look at calls in this thread."""
+
+    def __init__(self) -> None:
+        self.looking: list[_StandIn] = []
+
+
+class _Replacement:
+    """Of ``torch.nn.functional.linear``, in all threads, as long as somebody looks in one of them."""
+
+    def __init__(self) -> None:
+        self._lock, self._holders, self._original = threading.Lock(), 0, cast(Linear, nn.functional.linear)
+
+    def hold(self) -> None:
+        with self._lock:
+            if not self._holders:
+                self._original, nn.functional.linear = nn.functional.linear, self.linear  # type: ignore[assignment]
+            self._holders += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if not self._holders:
+                nn.functional.linear = self._original  # type: ignore[assignment]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        function = self._original
+        for one in _here.looking:
+            function = partial(one.linear, function)
+        return function(x, weight, bias)
+
+
+_here, _replacement = _Here(), _Replacement()

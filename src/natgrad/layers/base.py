@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
@@ -33,6 +34,13 @@ from natgrad.layers.spectrum import Bases, squared_gradients, squared_length
 # steps ten times as long and no better (`docs/decisions.md`). So is one of more than MAX_UNEVEN, if it is UNEVEN times
 # as large as the layer's other factor: its inverse costs its cube, for few parameters.
 MAX_DENSE, MAX_UNEVEN, UNEVEN = 4096, 2560, 16
+
+
+# What a subclass may override and compute the same.
+HARMLESS = {"__class__", "__init__", "__init_subclass__", "__repr__", "__subclasshook__"} | {
+    "extra_repr",
+    "reset_parameters",
+}
 
 
 class Recorder(Protocol):
@@ -213,7 +221,8 @@ def register(*modules: type[nn.Module] | str) -> Callable[[KindT], KindT]:
     """Class decorator: handle ``modules`` by the decorated layer kind.
 
     Args:
-        *modules: Module types, matched exactly; or the name of a class that need not be importable.
+        *modules: Module types, which stand for subclasses that compute as they do; or the name of a class that need
+            not be importable.
     """
 
     def decorate(kind: KindT) -> KindT:
@@ -230,7 +239,20 @@ def registered(module: nn.Module) -> type[Layer] | None:
         kind = kind.__mro__[2]  # torch derives a class from FSDPModule and the user's
     if parametrize.is_parametrized(module):
         kind = kind.__mro__[1]  # torch derives a class for each parametrized module
-    return _REGISTRY.get(kind) or _REGISTRY.get(kind.__name__)
+    if kind in _REGISTRY or kind.__name__ in _REGISTRY:
+        return _REGISTRY.get(kind) or _REGISTRY.get(kind.__name__)
+    base = next((base for base in kind.__mro__ if base in _REGISTRY), None)
+    return None if base is None or not _computes_as(kind, base) else _REGISTRY[base]
+
+
+def _computes_as(kind: type, base: type) -> bool:
+    """Whether a subclass overrides nothing but what makes or prints a module.
+
+    The output projection of ``nn.MultiheadAttention`` is one, and is never called itself.
+    """
+    names = {name for one in base.__mro__ for name, value in vars(one).items() if callable(value)} - HARMLESS
+    own = all(getattr(kind, name) is getattr(base, name) for name in names)
+    return own and kind is not NonDynamicallyQuantizableLinear
 
 
 def registered_names() -> str:
