@@ -13,6 +13,7 @@ import natgrad
 from kfac_cases import AUTO, NUMERIC, backward, batch, every_mode, network, train, values
 from linear_cases import stack
 from natgrad import local_model, preconditioner, quadratic
+from natgrad.groups import FALLBACK_RATE
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -149,11 +150,11 @@ def stack_of_seed_0() -> nn.Sequential:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
 @every_mode
 def test_the_rest_moves_as_by_adamw(mode: dict[str, Any], weight_decay: float) -> None:
-    """Bitwise, with torch's default rate at first and the group's own afterwards."""
+    """Bitwise, with the default rate at first and the group's own afterwards."""
     model = network()
     optimizer = natgrad.KFAC(model, "mse", weight_decay=weight_decay, **mode)
     twin = [nn.Parameter(p.detach().clone()) for p in model[1].parameters()]
-    adamw = torch.optim.AdamW(twin, weight_decay=weight_decay)
+    adamw = torch.optim.AdamW(twin, lr=FALLBACK_RATE, weight_decay=weight_decay)
     for step in range(3):
         if step == 2:
             for group in (optimizer.param_groups[1], adamw.param_groups[0]):
