@@ -344,3 +344,29 @@ def test_options_of_adamw_belong_in_its_group() -> None:
         natgrad.KFAC(model, "mse", params=[{"params": model.parameters(), "betas": (0.9, 0.99)}])
     groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "betas": (0.9, 0.99)}]
     assert natgrad.KFAC(model, "mse", params=groups).param_groups[1]["betas"] == (0.9, 0.99)
+
+
+def test_gradients_of_what_is_not_trained_may_be_anything() -> None:
+    """Another optimizer's, or never zeroed: they neither skip a step nor tell of a scaler."""
+    trained = []
+    for bad in (0.0, torch.nan, 1e30):
+        model = network()
+        optimizer = natgrad.KFAC(model, "mse", params=model[3].parameters())
+        for seed in range(3):
+            backward(model, seed)
+            model[0].weight.grad.fill_(bad)
+            optimizer.step()
+        assert optimizer.diagnostics()["skipped_steps"] == 0
+        trained.append(values(optimizer))
+    assert_same(trained[1], trained[0])
+    assert_same(trained[2], trained[0])
+
+
+def test_a_step_without_gradients_of_what_is_trained_moves_nothing() -> None:
+    """As with every optimizer, where two take turns on parts of one model."""
+    model = network()
+    optimizer = natgrad.KFAC(model, "mse", params=model[3].parameters())
+    before = values(optimizer)
+    model[0](batch(0)[0]).sum().backward()
+    optimizer.step()
+    assert_same({n: t for n, t in values(optimizer).items() if n in before}, before)

@@ -383,7 +383,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
     dense = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
     dense = [torch.view_as_real(t) if t.is_complex() else t for t in dense]
     extremes = [extreme for t in dense if t.numel() for extreme in torch.aminmax(t)]
-    return bool(torch.stack(extremes).isfinite().all())
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:

@@ -150,6 +150,7 @@ class KFAC(torch.optim.Optimizer):
 
     def _choose_layers(self) -> None:
         self.preconditioner.select(p for group in self.param_groups if not group["fallback"] for p in group["params"])
+        self.preconditioner.trained = {p for group in self.param_groups for p in group["params"]}
         self._share()
 
     def _share(self) -> None:

@@ -9,7 +9,7 @@ stores, and ``step``.
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping
 from functools import partial
 from typing import Any, Literal
 
@@ -118,11 +118,10 @@ class Preconditioner:
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
         # Between updates of the inverses, EKFAC's eigenvalues follow every batch.
         moving = curvature_period == "auto" and inverse == "ekfac"
-        self.curvature_period = 1 if moving else curvature_period
-        self._sharing = sharing
+        self.curvature_period, self._sharing = 1 if moving else curvature_period, sharing
         self.state: State = defaultdict(dict)
-        self.skipped_steps = 0
-        self.batch = Batch(self.loss, fisher)
+        self.skipped_steps, self.batch = 0, Batch(self.loss, fisher)
+        self.trained: Container[nn.Parameter] | None = None  # for a caller that trains some alone
         self.multiplier: LossMultiplier | None = None
         self.may_average = self.averages = False  # for a caller that averages gradients over batches
         rule = dampings.resolve(damping, inverse)
@@ -227,8 +226,9 @@ class Preconditioner:
         """
         batch = self.capture.take()
         reshard(self.model)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        if not parameters:
+        named = {n: p for n, p in self.model.named_parameters() if self.trained is None or p in self.trained}
+        parameters = [p for p in named.values() if p.grad is not None]
+        if not parameters and all(p.grad is None for p in self.model.parameters()):
             raise RuntimeError("`step()` found no gradient: call `loss.backward()` before it.")
         self.world.traffic.clear()
         exchange.share_batch(batch, self.layers, self.world)
@@ -238,8 +238,8 @@ class Preconditioner:
         self.multiplier = self._multiplier(batch)
         if self.multiplier is not None:
             if finite:  # first, as a scaler that has doubled would make the previous step look wrong
-                named = {n: g for n, p in self.model.named_parameters() if (g := self.gradient(p)) is not None}
-                self.multiplier.update(named, evaluate=stands is not None)
+                own = {n: g for n, p in named.items() if (g := self.gradient(p)) is not None}
+                self.multiplier.update(own, evaluate=stands is not None)
             if stands is not None and not stands(self.multiplier, finite):
                 return False
         if not finite:
@@ -304,7 +304,7 @@ class Preconditioner:
         return layer.to_matrix(gradients).to(state["A"].dtype)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Running A, (in [+ 1], in [+ 1]), and G, (out, out), by layer name; kron(G, A) is the block over [W b]."""
+        """Running A and G by layer name, live: ([B,] d, d), or (d, 1) if diagonal; kron(G, A) is over [W b]."""
         return {name: (state["A"], state["G"]) for name, state in self.states().items() if self.steps and "A" in state}
 
     def states(self) -> dict[str, dict[str, Any]]:
