@@ -165,7 +165,6 @@ BUGS = {
     "gradients at shared rows not scaled up from few data": Bug("rerun.py", "call.data, call.upscale = before.data, before.upscale * whole.data / len(chosen)", "call.data, call.upscale = before.data, before.upscale", "test_rerun.py"),
     "several rows of a datum taken for shared ones": Bug("rerun.py", "elif len(call.x) == before.rows:", "elif True:", "test_rerun.py"),
     "a part that did not do tried again": Bug("capture.py", "chosen = None if self._has_parts is False else few(", "chosen = few(", "test_rerun.py"),
-    "an overflow that ends the passes of parts": Bug("capture.py", "self._has_parts = self._has_parts or part", "self._has_parts = part", "test_rerun.py"),
     "few data for the noise all counted alike": Bug("noise.py", "counts = (upto[-1] / (ENOUGH * sizes[chosen]))", "counts = (data / ENOUGH + 0 * sizes[chosen])", NOISE),
     "dropout drawn anew": Bug("rerun.py", "if chance is not None:", "if False:", CHANGE),
     "dropout of some of the data": Bug("local_model.py", "apart = forward.chance is None and ", "apart = ", CHANGE),
@@ -265,7 +264,7 @@ BUGS = {
     "told of layers that were added": Bug("optimizer.py", "if p.grad is not None and p not in trained]", "if p.grad is not None]", GROUPS),
     "an inverse of another kind stays": Bug("metric.py", "for key in OF_ANY - set(held):", "for key in set(self.inverse.names) - set(held):", RESUME),
     "a factor loaded as a rate": Bug("loading.py", "if group.get(AUTOMATIC, mine[AUTOMATIC]) != mine[AUTOMATIC]:", "if False:", RESUME),
-    "jumps taken for slopes": Bug("derivatives.py", "jumps = smoothness.is_refuted\n        if jumps", "jumps = False\n        if jumps", "test_derivatives.py"),
+    "jumps taken for slopes": Bug("derivatives.py", "jumps = smooth.is_refuted\n        if jumps", "jumps = False\n        if jumps", "test_derivatives.py"),
     "smoothness looked at once": Bug("derivatives.py", "seen == 1 and", "False and", "test_derivatives.py"),
     "clipping taken for a scaler": Bug("multiplier.py", "if abs(exponent - round(exponent)) < POWER:", "if True:", MULTIPLIER),
     "terms of a rank compared with the mean": Bug("local_model.py", "(self.ranks.part * self.ranks.world.size or 1.0)", "1.0", "test_distributed.py"),
@@ -278,6 +277,8 @@ BUGS = {
     "another loss than cross-entropy not told of": Bug("likelihoods.py", "if sums[1] > DIFFERENT and self.of_logits:", "if False:", LOSSES),
     "log-probabilities told to be another loss": Bug("likelihoods.py", "of_logits = False", "of_logits = True", LOSSES),
     "another compression refused": Bug("experiments/mnist.py", "if cached.is_file() and _unpacked_md5(cached) == MD5_UNPACKED[name]:", "if False:", "experiments/test_mnist.py"),
+    "outputs of another mode taken for those here": Bug("local_model.py", " and modes(self.model) == self.forward.modes:", ":", "test_quadratic.py"),
+    "outputs of another state taken for those here": Bug("local_model.py", "elif not self.repeats.is_refuted:", "else:", "test_quadratic.py"),
     "half a record left": Bug("experiments/runfolder.py", "                file.truncate(length)\n", "", "experiments/test_runfolder_faults.py"),
 }  # fmt: skip
 

@@ -365,3 +365,42 @@ def test_model_is_the_loss_of_a_linear_network(reduce: Callable[[Tensor, Tensor]
         for n, p in model.named_parameters():
             p.add_(c[0] * directions[0][n] + c[1] * directions[1][n])
         assert torch.allclose(reduce(model(x), y) - loss, change)
+
+
+class Restless(nn.Module):
+    """Not the same function twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 2)
+        self.register_buffer("times", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.times.mul_(1.1)
+        output: Tensor = self.times * self.inner(x)
+        return output
+
+
+@pytest.mark.parametrize(("build", "repeats"), [(lambda: nn.Linear(3, 2), True), (Restless, False)])
+def test_the_loops_own_pass_is_taken_for_natgrads_where_it_is_repeated(
+    build: Callable[[], nn.Module], repeats: bool
+) -> None:
+    """Seen at the first steps; catches outputs of another state, or of another mode, taken for those here."""
+    torch.manual_seed(0)
+    model, x, y = build(), torch.randn(20, 3), torch.randn(20, 2)
+    optimizer = natgrad.KFAC(model, "mse")
+    for _ in range(4):
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+    state = optimizer.state[next(iter(model.parameters()))]
+    assert bool(state["repeats"]) is repeats
+    mse_loss(output := model(x), y).backward()
+    local = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch).local
+    with torch.no_grad():
+        model.eval()
+        assert local._known() is None
+        model.train()
+        known = local._known()
+    assert (known is not None) is repeats
+    assert known is None or torch.equal(known[-1], output)

@@ -72,6 +72,7 @@ class Forward:
         ear: Tells whether a gradient arrived or may arrive.
         is_makeshift: Whether ``gradient`` is of a derivative that may enter the loss, for want of the loss's own.
         trained: Parameters of the layers; a pass that brings none of them a gradient is no backward pass of the loss.
+        modes: Of its modules, see :func:`modes`.
         likelihood: Of the declared loss; for several heads with the shapes of this pass's.
         lengths: Of the heads, if these have different numbers of data: then rows of the output are no data.
     """
@@ -91,6 +92,7 @@ class Forward:
     ear: Ear = field(default_factory=Ear)
     is_makeshift: bool = False
     trained: Sequence[nn.Parameter] = ()
+    modes: tuple[bool, ...] = ()
     likelihood: Likelihood | None = None
     lengths: tuple[int, ...] = ()
 
@@ -371,6 +373,11 @@ def _tell_of_derivatives() -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def modes(model: nn.Module) -> tuple[bool, ...]:
+    """Which modules are in training mode."""
+    return tuple(module.training for module in model.modules())
 
 
 def shuffled(data: int, seed: int) -> Tensor:

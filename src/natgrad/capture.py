@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Fisher, Forward, full_precision, shuffled
+from natgrad.batch import Batch, Fisher, Forward, full_precision, modes, shuffled
 from natgrad.calls import Call, alike, group, positions
 from natgrad.chance import Chance
 from natgrad.distributed import World
@@ -220,7 +220,7 @@ class Capture:
             return
         forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed, chance=chance.if_drawn())
         forward.lengths, forward.trained = differing_lengths(heads), self.parameters
-        forward.likelihood = copy(self.loss.likelihood)
+        forward.likelihood, forward.modes = copy(self.loss.likelihood), modes(unwrap(module))
         origins, forward.find = self.view.origins(raw, heads)
         if self.loss.module is None:
             self._gather(forward, origins)

@@ -37,39 +37,46 @@ LARGE = 2_000_000
 _logger = logging.getLogger("natgrad")
 
 # A difference is the derivative if it is no further from it, relative to its length; looked at again after some steps.
-APART, AGAIN = 0.15, 16
+APART, AGAIN = 0.3, 16
 
 Named = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
 Function = Callable[[Named], Outputs]
 
 
-class Smoothness:
-    """Whether differences are derivatives, seen twice.
+class Agreement:
+    """Whether two ways lead to the same numbers, seen twice.
 
     Args:
-        state: Of the first layer's first parameter: ``smooth``, how often they were, or 0 once they were not. A resumed
-            run goes on with it.
+        state: Of the first layer's first parameter; under ``name``, how often they did, or 0 once they did not. A
+            resumed run goes on with it.
+        name: Of what is compared.
+        tolerance: How far apart they may be, relative to their length.
     """
 
-    def __init__(self, state: MutableMapping[str, Any]) -> None:
-        self._state = state
+    def __init__(self, state: MutableMapping[str, Any], name: str, tolerance: float) -> None:
+        self._state, self._name, self._tolerance = state, name, tolerance
 
     @property
     def is_due(self) -> bool:
         """Whether to look."""
-        seen = float(self._state["smooth"]) if "smooth" in self._state else None
+        seen = float(self._state[self._name]) if self._name in self._state else None
         return seen is None or (seen == 1 and float(self._state["step"]) >= AGAIN)
 
     @property
     def is_refuted(self) -> bool:
-        """Whether they are not."""
-        return "smooth" in self._state and not self._state["smooth"]
+        """Whether they do not."""
+        return self._name in self._state and not self._state[self._name]
 
-    def learn(self, difference: Tensor, derivative: Tensor) -> None:
+    def learn(self, quick: Tensor, sure: Tensor) -> None:
         """Compare the two."""
-        apart = torch.linalg.vector_norm(difference - derivative) > APART * torch.linalg.vector_norm(derivative)
-        self._state["smooth"] = torch.tensor([0.0 if apart else 1.0 + ("smooth" in self._state)])
+        apart = torch.linalg.vector_norm(quick - sure) > self._tolerance * torch.linalg.vector_norm(sure)
+        self._state[self._name] = torch.tensor([0.0 if apart else 1.0 + (self._name in self._state)])
+
+
+def smoothness(state: MutableMapping[str, Any]) -> Agreement:
+    """Of differences with derivatives."""
+    return Agreement(state, "smooth", APART)
 
 
 def along(
@@ -81,7 +88,7 @@ def along(
     before: Outputs | None = None,
     differentiates: Callable[[], bool] = lambda: False,
     told: Callable[[str], None] = lambda _: None,
-    smoothness: Smoothness | None = None,
+    smooth: Agreement | None = None,
 ) -> tuple[Outputs, list[Tensor]]:
     """The outputs, and derivatives of the last of them along each direction.
 
@@ -94,11 +101,11 @@ def along(
         before: The outputs at these parameters, if they are known.
         differentiates: Whether the network was seen to differentiate itself; asked when outputs are known.
         told: As for ``directional_derivative``.
-        smoothness: What is known of it; taken for granted, if left out.
+        smooth: Whether differences are derivatives; taken for granted, if left out.
     """
     large = data * sum(p.numel() for p in parameters.values()) >= LARGE
     step = 0.0
-    jumps = smoothness is not None and smoothness.is_refuted
+    jumps = smooth is not None and smooth.is_refuted
     if previous is not None and large and not jumps and _rounds_like_float32(parameters):
         step = float(length(previous.values()))
     if before is None and step > 0:
@@ -109,9 +116,9 @@ def along(
         product = None
         if before is not None and step > 0:
             product = short_difference(output, parameters, direction, before[-1], reach * step, least)
-        if product is not None and smoothness is not None and smoothness.is_due and not differentiates():
-            smoothness.learn(product, directional_derivative(output, parameters, direction, told)[1][-1])
-            jumps = smoothness.is_refuted
+        if product is not None and smooth is not None and smooth.is_due and not differentiates():
+            smooth.learn(product, directional_derivative(output, parameters, direction, told)[1][-1])
+            jumps = smooth.is_refuted
         if jumps:
             before, (*_, product) = central_difference(output, parameters, direction, before)
         elif product is None:

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from natgrad.batch import Forward
-from natgrad.derivatives import Smoothness
+from natgrad.derivatives import Agreement, smoothness
 from natgrad.distributed import Ranks
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
-from natgrad.local_model import LocalModel
+from natgrad.local_model import REPEATED, LocalModel
 from natgrad.quadratic import HALVINGS
 from natgrad.trust import Trust
 from natgrad.undeclared import Undeclared
@@ -161,7 +161,8 @@ class LossMultiplier:
         return Undeclared(self.state)
 
     def _tell(self, local: LocalModel) -> None:
-        local.multiplier, local.scaler, local.smoothness = self.loss, self.scaler, Smoothness(self.state)
+        local.multiplier, local.scaler = self.loss, self.scaler
+        local.smooth, local.repeats = smoothness(self.state), Agreement(self.state, "repeats", REPEATED)
 
     @cached_property
     def bound(self) -> tuple[float, bool]:

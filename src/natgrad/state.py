@@ -33,6 +33,7 @@ OF_ALL = {
     "progress": 8,
     "undeclared": 3,
     "smooth": 1,
+    "repeats": 1,
 }
 
 
