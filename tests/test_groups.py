@@ -323,6 +323,15 @@ def test_a_layer_that_is_unfrozen_later_is_told_of_once() -> None:
         train(other, 1)
 
 
+def test_a_layer_that_was_replaced_is_told_of() -> None:
+    model = network()
+    optimizer = natgrad.KFAC(model, "mse", lr=0.1, momentum=0.0)
+    train(optimizer, 0)
+    model[3] = nn.Linear(4, 2)
+    with pytest.warns(UserWarning, match=r"3\.weight, 3\.bias got a gradient, and will not be trained"):
+        train(optimizer, 1)
+
+
 def test_a_layer_that_was_added_is_trained_without_a_word() -> None:
     model = network()
     model[0].requires_grad_(False)

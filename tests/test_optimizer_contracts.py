@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -228,3 +229,18 @@ def test_a_priming_step_changes_nothing(mode: dict[str, Any], steps: int) -> Non
     train(primed, 7, 8)
     assert_same(values(primed), values(plain))
     assert primed.diagnostics()["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("make", [natgrad.KFAC, natgrad.Preconditioner, natgrad.describe])
+def test_something_else_than_a_model_is_named_first(make: Any) -> None:
+    """Arguments that changed places, or an optimizer."""
+    given = ("mse", network()) if make is not natgrad.describe else (torch.optim.SGD(network().parameters()),)
+    with pytest.raises(TypeError, match=r"`model` must be the model itself, a torch.nn.Module, not a (str|SGD)"):
+        make(*given)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    rates = {"lr": np.float32(0.1), "momentum": np.float64(0.9), "damping": np.float32(0.1)}
+    optimizer = natgrad.KFAC(network(), "mse", **rates)
+    train(optimizer, 0, 1)
+    assert optimizer.diagnostics()["lr"] == pytest.approx(0.1)

@@ -39,6 +39,7 @@ and there every layer goes by its own. Measured in ``docs/decisions.md``.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -151,7 +152,7 @@ def resolve(damping: float | tuple[float, float] | str, inverse: str) -> Damping
     if damping == "auto":
         return automatic
     numbers = damping if isinstance(damping, tuple) else (damping,)
-    if len(numbers) not in (1, 2) or not all(isinstance(number, float | int) and number >= 0 for number in numbers):
+    if len(numbers) not in (1, 2) or not all(isinstance(number, Real) and number >= 0 for number in numbers):
         raise ValueError(
             f'`damping` must be a number, a pair of numbers (for A, for G), none negative, or "auto"; not {damping!r}.'
         )

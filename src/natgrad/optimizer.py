@@ -102,7 +102,7 @@ class KFAC(torch.optim.Optimizer):
         self._refusals = Refusals()
         self._constructed = False
         every = list(self.preconditioner.model.parameters())
-        self._frozen = [p for p in every if not p.requires_grad] if params is None else []
+        self._trains_all = params is None
         defaults = {"lr": 1.0 if lr == "auto" else lr, "weight_decay": weight_decay, AUTOMATIC: self.automatic_lr}
         super().__init__([p for p in every if p.requires_grad] if params is None else params, defaults)
         self.register_state_dict_post_hook(_complete)
@@ -130,15 +130,16 @@ class KFAC(torch.optim.Optimizer):
             self.param_groups = before
             raise
 
-    def _tell_of_unfrozen(self) -> None:
-        """Parameters that were frozen when all were to be trained, and have a gradient now, are not trained."""
-        trained = {p for group in self.param_groups for p in group["params"]}
-        if names := [self._names[p] for p in self._frozen if p.grad is not None and p not in trained]:
-            self._frozen = []
+    def _tell_of_untrained(self) -> None:
+        """Where all parameters were to be trained: of those that were frozen, or not there, and have a gradient now."""
+        trained = self.preconditioner.trained or ()
+        named = self.preconditioner.model.named_parameters() if self._trains_all else ()
+        if names := [name for name, p in named if p.grad is not None and p not in trained]:
+            self._trains_all = False
             warnings.warn(
                 f"natgrad: {', '.join(names[:3])}{' and others' * (len(names) > 3)} got a gradient, and will not be "
-                "trained, as they were frozen when the optimizer was made: add them by `optimizer.add_param_group("
-                '{"params": …})` when you unfreeze them.',
+                "trained, as they were frozen, or not there, when the optimizer was made: add them by "
+                '`optimizer.add_param_group({"params": …})`.',
                 UserWarning,
                 stacklevel=4,
             )
@@ -176,7 +177,7 @@ class KFAC(torch.optim.Optimizer):
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        self._tell_of_unfrozen()
+        self._tell_of_untrained()
         if not self.preconditioner.steps:
             self.state.update({p: states.known(kept) for p, kept in self.state.items()})
         with self.preconditioner.capture.aside():
@@ -329,7 +330,7 @@ class KFAC(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, to be made between two steps; the model comes along."""
-        ours = ("preconditioner", "automatic_lr", "momentum", "undone_steps", "_names", "_frozen", "_constructed")
+        ours = ("preconditioner", "automatic_lr", "momentum", "undone_steps", "_names", "_trains_all", "_constructed")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What :class:`~natgrad.Preconditioner` and :class:`~natgrad.KFAC` both understand, and what is refused."""
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict, TypeGuard, get_args
 
@@ -103,7 +104,7 @@ def check_periods(**periods: Period) -> None:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a keyword, which may also be a word, is a number."""
-    return isinstance(value, float | int)
+    return isinstance(value, numbers.Real)
 
 
 def check_rate(name: str, value: object, word: str | None = None) -> None:

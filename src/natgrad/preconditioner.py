@@ -105,13 +105,12 @@ class Preconditioner:
         output: Callable[[Any], Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self.loss = resolve(loss)
+        called, self.loss = module_of(model), resolve(loss)
         check_fisher(fisher, self.loss.likelihood)
         check_numbers(kl_clip, factor_decay, batch_fraction)
         check_positive(mc_samples=mc_samples)
         check_periods(curvature_period=curvature_period, inverse_period=inverse_period)
         check_inverse(inverse, fisher)
-        called = module_of(model)
         self.world = World.of(model)
         self.model = unwrap(called)
         self.layers = partition(self.model).require_layers()

@@ -8,6 +8,7 @@ from torch import nn
 
 from natgrad.distributed import Distributed, World, holders
 from natgrad.layers import Layer, partition, unwrap
+from natgrad.options import module_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def describe(model: nn.Module | Distributed, *, strict: bool = False, ranks: int
         1.weight  fallback                     4    32 B        no layer kind is registered for PReLU
         all                                   20   416 B
     """
-    inner = unwrap(model.model if isinstance(model, Distributed) else model)
+    inner = unwrap(module_of(model))
     parts = partition(inner)
     size = ranks or World.of(model).size
     holding = holders(model.inverses if isinstance(model, Distributed) else "comm", size)
