@@ -249,7 +249,7 @@ BUGS = {
     "lists keep what a second pass put in": Bug("rerun.py", "            value.clear()\n", "            pass\n", SIDE),
     "new attributes stay": Bug("rerun.py", "                del attributes[name]\n", "                pass\n", SIDE),
     "aliases of modules left to torch": Bug("rerun.py", "tie_weights=False", "tie_weights=True", SIDE),
-    "a tied weight moved in one place": Bug("rerun.py", "{**tensors, **copies}.items() for place in at[name]}", "{**tensors, **copies}.items() for place in at[name][:1]}", "test_own_derivatives.py test_optimizer.py test_quadratic.py test_rerun.py test_ekfac.py"),
+    "a tied weight moved in one place": Bug("rerun.py", "{**tensors, **copies}.items() for place in at[name]}", "{**tensors, **copies}.items() for place in at[name][:1]}", "test_rerun.py"),
     "hooks of others see some of the data": Bug("capture.py", "if chosen is None or self._is_watched():", "if chosen is None:", SIDE),
     "calls of a forward pass that failed stay": Bug("capture.py", "self._calls = self._chance = None\n\n    def record", "pass\n\n    def record", SIDE),
     "curvature enters another's step": Bug("curvature.py", "stack.enter_context(owner.aside())", "pass", SIDE),
@@ -279,6 +279,11 @@ BUGS = {
     "another compression refused": Bug("experiments/mnist.py", "if cached.is_file() and _unpacked_md5(cached) == MD5_UNPACKED[name]:", "if False:", "experiments/test_mnist.py"),
     "outputs of another mode taken for those here": Bug("local_model.py", " and modes(self.model) == self.forward.modes:", ":", "test_quadratic.py"),
     "outputs of another state taken for those here": Bug("local_model.py", "elif not self.repeats.is_refuted:", "else:", "test_quadratic.py"),
+    "decay by a factor that may be negative": Bug("optimizer.py", "math.exp(-alpha * shares[parameter] * decays[parameter])", "1 - alpha * shares[parameter] * decays[parameter]", GROUPS),
+    "parameters that a network cannot differentiate by": Bug("local_model.py", "p if p.requires_grad else p.detach().requires_grad_()", "p", "test_rerun.py"),
+    "smoothed labels refused among several": Bug("losses.py", "indispensable = options or weighs_always", "indispensable = options or weighs_always or bool(getattr(module, 'label_smoothing', 0))", JOINT),
+    "nothing but what was frozen is looked at": Bug("optimizer.py", "if p.grad is not None and p not in trained]", "if p.grad is not None and p not in trained and not name.startswith('3')]", GROUPS),
+    "gradients of all parameters looked at": Bug("preconditioner.py", "if self.trained is None or p in self.trained}", "if True}", GROUPS),
     "half a record left": Bug("experiments/runfolder.py", "                file.truncate(length)\n", "", "experiments/test_runfolder_faults.py"),
 }  # fmt: skip
 

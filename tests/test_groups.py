@@ -1,5 +1,6 @@
 """Parameter groups of KFAC: what is trained, by whom, at which rate; and what is refused."""
 
+import math
 import warnings
 from typing import Any
 
@@ -63,7 +64,8 @@ def test_each_group_decays_by_its_own_weight(mode: dict[str, Any]) -> None:
     without, with_decay = steps
     start = dict(network().named_parameters())
     for name in ("0.weight", "3.weight"):
-        assert relative_error(with_decay[name] - without[name], -rate * 0.5 * start[name].detach()) < 1e-9
+        shrunk = math.expm1(-rate * 0.5) * start[name].detach()
+        assert relative_error(with_decay[name] - without[name], shrunk) < 1e-9
     for name in ("0.bias", "3.bias"):
         assert torch.equal(with_decay[name], without[name])
 
@@ -379,3 +381,13 @@ def test_a_step_without_gradients_of_what_is_trained_moves_nothing() -> None:
     model[0](batch(0)[0]).sum().backward()
     optimizer.step()
     assert_same({n: t for n, t in values(optimizer).items() if n in before}, before)
+
+
+def test_decay_flips_no_sign() -> None:
+    """Automatic rates may be above one: with 1 − rate · decay a large decay makes weights grow."""
+    model = network()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = natgrad.KFAC(model, "mse", lr=2.0, momentum=0.0, damping=1e6, weight_decay=3.0)
+    train(optimizer, 0)
+    for name in ("0.weight", "3.weight"):
+        torch.testing.assert_close(model.get_parameter(name), math.exp(-6) * start[name], rtol=1e-2, atol=1e-5)

@@ -1,5 +1,6 @@
 """Several outputs with a loss each: against automatic differentiation of their sum, and against one output."""
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -359,7 +360,8 @@ def test_ranks_take_the_steps_of_one_process(together: bool) -> None:
         (["mse", None], TypeError, "`loss` of output 1 must be the loss of one tensor, not None"),
         ({"a": {"b": "mse"}}, TypeError, "`loss` of output 'a' must be the loss of one tensor"),
         ({"a": "l1"}, ValueError, "`loss='l1'` is not known"),
-        ({"a": nn.CrossEntropyLoss(weight=torch.ones(3))}, ValueError, "natgrad does not see the targets"),
+        ({"a": nn.CrossEntropyLoss(weight=torch.ones(3))}, ValueError, 'serves as well in most cases: "cross_entropy"'),
+        ({"a": nn.HuberLoss()}, ValueError, 'serves as well in most cases: "mse"'),
         ((0.5, "mse"), TypeError, "of output 0 must be the loss of one tensor, not 0.5"),
     ],
 )
@@ -418,3 +420,19 @@ def test_micro_batches_may_have_other_shapes() -> None:
             optimizer.step()
         steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.allclose(*steps, rtol=1e-9, atol=1e-12)
+
+
+def test_smoothed_labels_weigh_as_others_do() -> None:
+    """The curvature of their cross-entropy is that without smoothing, whatever the targets."""
+    model, x, y = Heads(), torch.randn(60, 5, generator=torch.Generator().manual_seed(3)), targets(60)
+    twin = copy.deepcopy(model)
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
+    factors = []
+    for one, told in ((model, {**DECLARED, "class": smoothed}), (twin, DECLARED)):
+        preconditioner = natgrad.Preconditioner(one, told, fisher="exact", damping=0.1)
+        loss(one(x), y).backward()
+        preconditioner.update()
+        factors.append(preconditioner.factors())
+    for name, (A, G) in factors[0].items():
+        assert torch.equal(A, factors[1][name][0])
+        assert torch.equal(G, factors[1][name][1])

@@ -1,6 +1,7 @@
 """KFAC's update against closed forms and torch's AdamW, and what its constructor refuses."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_numbers_give_the_closed_form(momentum: float, weight_decay: float) -> N
         with torch.no_grad():
             for p, v in zip(twin.parameters(), velocity, strict=True):
                 v.mul_(momentum).sub_(p.grad, alpha=0.1)
-                p.mul_(1 - 0.1 * weight_decay).add_(v)
+                p.mul_(math.exp(-0.1 * weight_decay)).add_(v)
         for actual, expected in zip(model.parameters(), twin.parameters(), strict=True):
             assert relative_error(actual.detach(), expected.detach()) < 1e-12
     assert optimizer.diagnostics()["lr"] == 0.1

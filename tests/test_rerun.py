@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
@@ -370,3 +371,44 @@ def test_a_first_pass_that_overflows_tells_nothing_of_parts() -> None:
         preconditioner.step()
         model.zero_grad()
     assert seen == 2 * [DATA, KEPT]
+
+
+def test_a_weight_that_is_tied_moves_wherever_it_is() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(5, 4)
+    model[2].weight = model[0].weight
+    moved = {"0.weight": torch.randn(4, 4), "2.bias": torch.randn(4)}
+    with torch.no_grad():
+        found = rerun.rerun(model, moved, (x,), {})
+        hidden = functional.linear(x, moved["0.weight"], model[0].bias).tanh()
+    assert torch.equal(found, functional.linear(hidden, moved["0.weight"], moved["2.bias"]))
+
+
+class Inner(nn.Module):
+    """Takes a step of its own along the gradient of its parameters, as in meta-learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = dict(self.net.named_parameters())
+        error = mse_loss(self.net(x), x.sin())
+        slopes = torch.autograd.grad(error, list(parameters.values()), create_graph=True)
+        adapted = {name: p - 0.1 * g for (name, p), g in zip(parameters.items(), slopes, strict=True)}
+        output: Tensor = torch.func.functional_call(self.net, adapted, x)
+        return output
+
+
+@pytest.mark.filterwarnings("ignore:natgrad. the training loop differentiates:RuntimeWarning")
+def test_a_model_may_differentiate_by_its_own_parameters() -> None:
+    torch.manual_seed(0)
+    model, x = Inner(), torch.randn(60, 1)
+    optimizer = natgrad.KFAC(model, "mse")
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = mse_loss(model(x), x.sin())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]

@@ -30,6 +30,7 @@ class Noting(nn.Module):
         self.every.append(self.hidden)
         self.named["hidden"] = self.hidden
         self.calls += 1
+        setattr(self, f"hidden_{self.calls}", self.hidden)
         return self.outer(self.hidden)
 
 
@@ -68,15 +69,17 @@ def test_steps_leave_no_trace_in_modules(data: tuple[Tensor, Tensor]) -> None:
         assert model.calls == len(model.every) == step + 1
         assert model.hidden is hidden
         assert not model.named
+        assert sum(name.startswith("hidden_") for name in vars(model)) == step + 1
 
 
 def test_hooks_that_take_features_get_those_of_all_data(data: tuple[Tensor, Tensor]) -> None:
     x, _ = data
     model, features = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), list[int]()
     model[1].register_forward_hook(lambda module, args, output: features.append(len(output)))
-    natgrad.Preconditioner(model, "mse", batch_fraction=KEPT / DATA)
+    preconditioner = natgrad.Preconditioner(model, "mse", batch_fraction=KEPT / DATA)
     model(x)
     assert features == [DATA]
+    assert preconditioner.capture.batch.forwards == 1
 
 
 def test_an_exception_in_the_forward_pass_lets_go_of_what_was_captured(data: tuple[Tensor, Tensor]) -> None:
@@ -138,11 +141,14 @@ def test_attention_may_be_looked_at_beside_an_optimizer(look: Callable[..., Any]
     """Two look at the calls of one module; catches a stand-in for torch's function that outlives its module."""
     model, x, y = attention()
     function = functional.linear
-    natgrad.KFAC(model, "mse")
+    optimizer = natgrad.KFAC(model, "mse")
     if look is natgrad.verify:
         assert {layer.name for layer in look(model, x, y, "mse").layers} >= {"self_attn.in_proj", "self_attn.out_proj"}
     else:
         assert look(model, x, y, "mse").keys() >= {"self_attn.in_proj", "self_attn.out_proj"}
+    assert functional.linear is function
+    mse_loss(model(x), y).backward()
+    optimizer.step()
     assert functional.linear is function
 
 

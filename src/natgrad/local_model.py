@@ -252,8 +252,9 @@ class LocalModel:
                 if torch.is_grad_enabled() or "does not require grad" not in str(error):
                     raise
         self._differentiates = True  # an energy, to get forces, or a solution, to get residuals
-        with torch.enable_grad():
-            return once_more()
+        with torch.enable_grad():  # and perhaps by its own parameters
+            leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in parameters.items()}
+            return rerun(self.model, leaves, self.args, self.kwargs, self.forward.chance)
 
     def _scale(self, output: Tensor) -> float:
         """R for these data, as if they were the whole batch."""

@@ -151,11 +151,17 @@ def _of_several(losses: Mapping[Any, Weighted]) -> Loss:
         if resolved[key].indispensable:
             raise ValueError(
                 f"`loss` of output {key!r}, {one!r}: among several losses natgrad does not see the targets, by which "
-                "this one weighs them. Name a loss whose curvature does not depend on them, or a `Likelihood` of "
-                "your own."
+                "this one weighs its criteria. Declare the same loss without weights, which serves as well in most "
+                f"cases: {_unweighted(one)}; and go on to call your own."
             )
     parts = {key: Part(weights[key], cast(Likelihood, one.likelihood)) for key, one in resolved.items()}
     return Loss(joint := Joint(parts), partial(_sum, joint, resolved))
+
+
+def _unweighted(loss: object) -> str:
+    """What to declare in the place of a loss module that weighs its criteria."""
+    names = {nn.CrossEntropyLoss: '"cross_entropy"', nn.BCEWithLogitsLoss: '"bce_with_logits"'}
+    return names.get(type(loss), '"mse"')
 
 
 def _sum(joint: Joint, losses: Mapping[Any, Loss], output: Tensor, targets: Any) -> Tensor:
@@ -184,7 +190,7 @@ def _from_module(module: nn.Module) -> Loss:
         weigh = None
     weighs_always = weigh in (_weigh_gaussian, _weigh_divergence, _weigh_robust)
     options = any(getattr(module, name, None) is not None for name in ("weight", "pos_weight"))
-    indispensable = options or bool(getattr(module, "label_smoothing", 0)) or weighs_always
+    indispensable = options or weighs_always  # smoothed labels alone weigh as others do
     likelihood = make(module, cast(Reduction, reduction))
     return Loss(likelihood, module, module if weigh else None, weigh, indispensable)
 

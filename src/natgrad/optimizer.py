@@ -2,7 +2,7 @@
 
 One step moves the layers' parameters by
 
-    v ← α (−Δ) + μ v,    θ ← (1 − rate · weight_decay) θ + v
+    v ← α (−Δ) + μ v,    θ ← exp(−rate · weight_decay) θ + v
 
 with Δ the natural gradient (:mod:`natgrad.preconditioner`) and v the previous step. α and μ are either numbers or
 chosen for the step (:mod:`natgrad.rates`); where batches are mostly noise, Δ is that of an average of gradients, and μ
@@ -10,6 +10,7 @@ is 0. Parameter groups multiply α, and an automatic μ, by their rates. The par
 AdamW, in groups of their own (:mod:`natgrad.groups`).
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -49,7 +50,7 @@ class KFAC(torch.optim.Optimizer):
         momentum: A number, or ``"auto"``: as for ``lr``. If both are automatic and batches turn out to be mostly noise,
             gradients are averaged over them instead (:mod:`natgrad.averaging`).
         damping: As for :class:`~natgrad.Preconditioner`.
-        weight_decay: Decoupled: per step, parameters shrink by this times the rate.
+        weight_decay: Decoupled: per step, the logarithm of parameters shrinks by this times the rate, which may be 1.
         kl_clip: Upper bound on lr² gᵀΔ; for a numeric ``lr`` only.
         **curvature: ``fisher``, ``mc_samples``, ``inverse``, ``factor_decay``, ``curvature_period``,
             ``inverse_period``, ``batch_fraction``, ``sharing``, ``output``, ``seed``: see
@@ -253,12 +254,12 @@ class KFAC(torch.optim.Optimizer):
     def _move(
         self, natural: Direction, onward: Direction, shares: dict[nn.Parameter, float], alpha: float, mu: float
     ) -> None:
-        """θ ← (1 − rate · weight_decay) θ + v; the tensors of ``natural`` become v."""
+        """θ ← exp(−rate · weight_decay) θ + v; the tensors of ``natural`` become v."""
         self._latest_step = natural
         decays = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
         for parameter, direction in natural.items():
             if decays[parameter]:
-                parameter.mul_(1 - alpha * shares[parameter] * decays[parameter])
+                parameter.mul_(math.exp(-alpha * shares[parameter] * decays[parameter]))
             velocity = direction.mul_(-alpha)
             if self.momentum != 0.0 or self.automatic_lr:
                 if onward and mu:
