@@ -269,7 +269,7 @@ BUGS = {
     "clipping taken for a scaler": Bug("multiplier.py", "if abs(exponent - round(exponent)) < POWER:", "if True:", MULTIPLIER),
     "terms of a rank compared with the mean": Bug("local_model.py", "(self.ranks.part * self.ranks.world.size or 1.0)", "1.0", "test_distributed.py"),
     "narrow inputs multiplied with wide weights": Bug("rerun.py", "return leaf.to(torch.promote_types(leaf.dtype, wide)) if narrow else leaf", "return leaf", "test_mixed_precision.py"),
-    "heads cut as the latest were": Bug("capture.py", "forward.likelihood = copy(self.loss.likelihood)", "forward.likelihood = self.loss.likelihood", JOINT),
+    "heads cut as the latest were": Bug("capture.py", "= copy(self.loss.likelihood), modes", "= self.loss.likelihood, modes", JOINT),
     "the target taken for the variance": Bug("capture.py", "tuple(named[name] for name in ARGUMENTS[1:] if name in named)", "tuple(named.values())", LOSSES),
     "an age sent with the rest": Bug("exchange.py", "sent = [name for name in names if not name.endswith(\"_age\")]", "sent = list(names)", "test_exchange.py"),
     "an empty second pass": Bug("curvature.py", "if ekfac and isinstance(batches, Iterator):", "if False:", EKFAC),

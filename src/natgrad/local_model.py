@@ -252,7 +252,13 @@ class LocalModel:
                 if torch.is_grad_enabled() or "does not require grad" not in str(error):
                     raise
         self._differentiates = True  # an energy, to get forces, or a solution, to get residuals
-        with torch.enable_grad():  # and perhaps by its own parameters
+        with torch.enable_grad():
+            try:
+                return once_more()
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+            # By its own parameters, as in meta-learning.
             leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in parameters.items()}
             return rerun(self.model, leaves, self.args, self.kwargs, self.forward.chance)
 
