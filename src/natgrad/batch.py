@@ -72,7 +72,7 @@ class Forward:
         ear: Tells whether a gradient arrived or may arrive.
         is_makeshift: Whether ``gradient`` is of a derivative that may enter the loss, for want of the loss's own.
         trained: Parameters of the layers; a pass that brings none of them a gradient is no backward pass of the loss.
-        modes: Of its modules, see :func:`modes`.
+        modes: Of its modules, see :func:`natgrad.rerun.modes`.
         likelihood: Of the declared loss; for several heads with the shapes of this pass's.
         lengths: Of the heads, if these have different numbers of data: then rows of the output are no data.
     """
@@ -293,7 +293,7 @@ class Batch:
             latest.likelihood.check_gradient(latest.gradient)
         if step and not self.statistics:
             return  # the layer is used for the first time between two updates of the curvature
-        captured = {name for name, _ in self.statistics}
+        captured, resting = {name for name, _ in self.statistics}, list[str]()
         for layer in layers:
             gradients = [g for p in layer.parameters if (g := gradient(p)) is not None]
             seen = layer.name in captured or "A" in states[layer.name]
@@ -306,7 +306,12 @@ class Batch:
                     'leave them to AdamW: a group {"params": …, "fallback": True} among the `params` of natgrad.KFAC.'
                 )
             if not seen and not gradients and step == 0:
-                warnings.warn(f"natgrad: layer {layer.name!r} received no data and no gradient.", stacklevel=4)
+                resting.append(repr(layer.name))
+        if resting:
+            warnings.warn(
+                f"natgrad: layer {', '.join(resting)} received no data and no gradient, and rests until it does.",
+                stacklevel=4,
+            )
 
     def scale(self) -> float:
         """What turns sums of outer products into the curvature of the loss."""
@@ -373,11 +378,6 @@ def _tell_of_derivatives() -> None:
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def modes(model: nn.Module) -> tuple[bool, ...]:
-    """Which modules are in training mode."""
-    return tuple(module.training for module in model.modules())
 
 
 def shuffled(data: int, seed: int) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Fisher, Forward, full_precision, modes, shuffled
+from natgrad.batch import Batch, Fisher, Forward, full_precision, shuffled
 from natgrad.calls import Call, alike, group, positions
 from natgrad.chance import Chance
 from natgrad.distributed import World
@@ -35,7 +35,7 @@ from natgrad.losses import Loss, Weights
 from natgrad.outputs import Origin, View, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
 from natgrad.passes import Passes
-from natgrad.rerun import again, few, stands_for
+from natgrad.rerun import again, few, modes, stands_for
 from natgrad.vectors import vectors
 
 # Of torch's loss modules, in this order.

@@ -31,14 +31,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.batch import Forward, modes, shuffled
+from natgrad.batch import Forward, shuffled
 from natgrad.derivatives import Agreement, Outputs, along, directional_derivative, length, without_graph
 from natgrad.distributed import Ranks, is_sharded, whole
 from natgrad.layers import at_least_float32, uses_batch_statistics
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 from natgrad.outputs import rearrangement
-from natgrad.rerun import REFUSALS, rerun, stratified, subsample, widened
+from natgrad.rerun import REFUSALS, modes, rerun, stratified, subsample, widened
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
 SHARE, MIN_DATA = 1 / 40, 128

@@ -64,6 +64,11 @@ def rerun(
         return functional_call(model, everywhere, args, kwargs, tie_weights=False)
 
 
+def modes(model: nn.Module) -> tuple[bool, ...]:
+    """Which modules are in training mode."""
+    return tuple(module.training for module in model.modules())
+
+
 def places(model: nn.Module) -> dict[str, list[str]]:
     """Where each parameter and buffer is, by its name: there, and under other names where modules share it."""
     first, found = dict[int, str](), dict[str, list[str]]()
