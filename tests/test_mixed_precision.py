@@ -219,3 +219,26 @@ def test_inputs_of_half_precision_may_rely_on_autocast(dtype: torch.dtype) -> No
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
+
+
+def test_inputs_of_half_precision_stay_where_parameters_are_of_both() -> None:
+    """A scale in single precision before layers in half; catches inputs that are as wide as the first parameter."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
+            self.body = classifier().to(torch.bfloat16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.scale * self.body(x)
+            return output
+
+    model = Scaled()
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    x, y = data(0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model(x.bfloat16()), y).backward()
+        optimizer.step()
+    assert optimizer.diagnostics()["lr"] > 0

@@ -26,6 +26,7 @@ from natgrad.losses import Weights
 SHARE = 1 / 4
 # Outputs are the same data's when they differ by less than this, relative to their size, or by half of the digits.
 SAME = 0.01
+HALF = (torch.float16, torch.bfloat16)
 # What a model raises that does not take some of the data alone, as it is made for one size of batch or relates them.
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
@@ -120,14 +121,16 @@ def subsample(forward: Forward, chosen: Tensor) -> Arguments | None:
 
 
 def widened(arguments: Arguments, model: nn.Module) -> Arguments:
-    """With floating-point tensors as wide as the parameters: natgrad's passes are without the user's autocast."""
-    wide = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    """In single precision where half would need the user's autocast, without which natgrad's passes are.
+
+    That is where no parameter is of half precision.
+    """
 
     def widen(leaf: Any) -> Any:
-        narrow = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
-        return leaf.to(torch.promote_types(leaf.dtype, wide)) if narrow else leaf
+        return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALF else leaf
 
-    return cast(Arguments, tree_map(widen, arguments))
+    needed = all(p.dtype not in HALF for p in model.parameters())
+    return cast(Arguments, tree_map(widen, arguments)) if needed else arguments
 
 
 def _tells_places(value: Any, kept: int) -> bool:
