@@ -361,6 +361,7 @@ def test_ranks_take_the_steps_of_one_process(together: bool) -> None:
         ({"a": {"b": "mse"}}, TypeError, "`loss` of output 'a' must be the loss of one tensor"),
         ({"a": "l1"}, ValueError, "`loss='l1'` is not known"),
         ({"a": nn.CrossEntropyLoss(weight=torch.ones(3))}, ValueError, 'serves as well in most cases: "cross_entropy"'),
+        ({"a": nn.KLDivLoss(reduction="batchmean")}, ValueError, "most cases: natgrad.likelihoods.LogCategorical("),
         ({"a": nn.HuberLoss()}, ValueError, 'serves as well in most cases: "mse"'),
         ((0.5, "mse"), TypeError, "of output 0 must be the loss of one tensor, not 0.5"),
     ],

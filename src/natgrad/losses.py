@@ -152,16 +152,16 @@ def _of_several(losses: Mapping[Any, Weighted]) -> Loss:
             raise ValueError(
                 f"`loss` of output {key!r}, {one!r}: among several losses natgrad does not see the targets, by which "
                 "this one weighs its criteria. Declare the same loss without weights, which serves as well in most "
-                f"cases: {_unweighted(one)}; and go on to call your own."
+                f"cases: {_unweighted(resolved[key].likelihood)}; and go on to call your own."
             )
     parts = {key: Part(weights[key], cast(Likelihood, one.likelihood)) for key, one in resolved.items()}
     return Loss(joint := Joint(parts), partial(_sum, joint, resolved))
 
 
-def _unweighted(loss: object) -> str:
-    """What to declare in the place of a loss module that weighs its criteria."""
-    names = {nn.CrossEntropyLoss: '"cross_entropy"', nn.BCEWithLogitsLoss: '"bce_with_logits"'}
-    return names.get(type(loss), '"mse"')
+def _unweighted(likelihood: Likelihood | None) -> str:
+    """How to declare a loss that does not weigh its criteria: by name, if it has one."""
+    names = {kind: f'"{name}"' for name, (kind, _) in _BY_NAME.items()}
+    return names.get(type(likelihood), f"natgrad.likelihoods.{likelihood!r}")  # type: ignore[arg-type]
 
 
 def _sum(joint: Joint, losses: Mapping[Any, Loss], output: Tensor, targets: Any) -> Tensor:
