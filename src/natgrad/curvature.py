@@ -189,12 +189,13 @@ def unobserved(model: nn.Module, by: Capture | None = None) -> Iterator[None]:
 def _pass(capture: Capture, model: nn.Module, batches: Iterable[Any]) -> Batch:
     """Send every batch through the model, and through the loss where that is needed; returns what was captured."""
     needs_loss = capture.loss.module is not None or capture.fisher == "empirical"
-    for x, y in batches:
-        with torch.enable_grad(), unobserved(model, by=capture):
-            output = capture.view(model(x))
-            if needs_loss:
-                value = capture.loss.value(output, y)
-                parameters = [p for p in model.parameters() if p.requires_grad]
-                torch.autograd.grad(value, parameters, allow_unused=True)  # the hooks fire, `.grad` stays as it is
-        capture.step += 1
+    with unobserved(model, by=capture):
+        for x, y in batches:
+            with torch.enable_grad():
+                output = capture.view(model(x))
+                if needs_loss:
+                    value = capture.loss.value(output, y)
+                    parameters = [p for p in model.parameters() if p.requires_grad]
+                    torch.autograd.grad(value, parameters, allow_unused=True)  # the hooks fire, `.grad` stays as it is
+            capture.step += 1
     return capture.take()

@@ -376,10 +376,11 @@ class Preconditioner:
 
     def _multiplier(self, batch: Batch) -> LossMultiplier | None:
         """For what a batch tells about the number that multiplies the loss; None without a loss or a backward pass."""
-        forward, likelihood = batch.latest, self.loss.likelihood
-        if likelihood is None or forward is None or forward.gradient is None or not forward.data:
+        forward = batch.latest
+        if forward is None or forward.gradient is None or not forward.data or forward.likelihood is None:
             return None
-        forward.see_what_counts(likelihood := forward.likelihood or likelihood)
+        likelihood = forward.likelihood
+        forward.see_what_counts(likelihood)
         ranks = Ranks(self.world, batch.part, forward.output)
         state, select = self._state(self.layers[0]), self.capture.view
         local = partial(LocalModel, self.model, likelihood, select, forward, batch.terms, ranks)

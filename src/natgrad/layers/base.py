@@ -36,11 +36,9 @@ from natgrad.layers.spectrum import Bases, squared_gradients, squared_length
 MAX_DENSE, MAX_UNEVEN, UNEVEN = 4096, 2560, 16
 
 
-# What a subclass may override and compute the same.
-HARMLESS = {"__class__", "__init__", "__init_subclass__", "__repr__", "__subclasshook__"} | {
-    "extra_repr",
-    "reset_parameters",
-}
+# What a subclass may override and compute the same: what makes or prints a module, and what Python gives every class.
+HARMLESS = {"__init__", "reset_parameters", "__repr__", "extra_repr"}
+HARMLESS |= {"__class__", "__init_subclass__", "__subclasshook__"}
 
 
 class Recorder(Protocol):
@@ -239,8 +237,8 @@ def registered(module: nn.Module) -> type[Layer] | None:
         kind = kind.__mro__[2]  # torch derives a class from FSDPModule and the user's
     if parametrize.is_parametrized(module):
         kind = kind.__mro__[1]  # torch derives a class for each parametrized module
-    if kind in _REGISTRY or kind.__name__ in _REGISTRY:
-        return _REGISTRY.get(kind) or _REGISTRY.get(kind.__name__)
+    if exact := _REGISTRY.get(kind) or _REGISTRY.get(kind.__name__):
+        return exact
     base = next((base for base in kind.__mro__ if base in _REGISTRY), None)
     return None if base is None or not _computes_as(kind, base) else _REGISTRY[base]
 

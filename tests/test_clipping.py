@@ -1,0 +1,50 @@
+"""Gradients that the loop clips, told from those of a gradient scaler."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import natgrad
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@pytest.mark.parametrize(("scaler", "clipped"), [(1.0, True), (1.0, False), (2.0**6, False), (2.0**16, False)])
+def test_clipped_gradients_are_not_taken_for_those_of_a_scaler(scaler: float, clipped: bool) -> None:
+    """Of a squared error the gradients alone tell; a scaler is a power of two. Clipping shortens the step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x, y = torch.randn(300, 4), 50 * torch.randn(300, 2)
+    optimizer = natgrad.KFAC(model, "mse")
+    (scaler * mse_loss(model(x), y)).backward()
+    for p in model.parameters():
+        p.grad /= scaler
+    if clipped:
+        length = float(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05 * length)
+        with pytest.warns(RuntimeWarning, match=r"the gradients were clipped to 0\.05 of their length"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    known = optimizer.state[model[0].weight]["multiplier"].tolist()
+    assert known == [1.0, 1.0 if clipped else scaler]
+
+
+def test_a_clipped_step_is_as_much_shorter() -> None:
+    lengths = []
+    for share in (1.0, 0.1):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        x, y = torch.randn(300, 4), 50 * torch.randn(300, 2)
+        optimizer = natgrad.KFAC(model, "mse", batch_fraction=1.0, damping=1e-3)
+        mse_loss(model(x), y).backward()
+        for p in model.parameters():
+            p.grad *= share
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        lengths.append(optimizer.diagnostics()["step_norm"])
+    assert lengths[1] == pytest.approx(0.1 * lengths[0], rel=1e-6)
