@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 import natgrad
 from natgrad import derivatives
-from natgrad.derivatives import along, central_difference, directional_derivative, smoothness
+from natgrad.derivatives import SMOOTH, Agreement, along, central_difference, directional_derivative
 from oracle import relative_error
 from quadratic_cases import Direction, directions_of, network
 
@@ -205,7 +205,7 @@ def test_differences_across_jumps_are_not_taken_for_derivatives(jumps: bool) -> 
     for step, times in ((1, 0.1), (2, 0.01), (20, 0.001), (21, 0.001)):
         state["step"] = torch.tensor(float(step))
         previous = {n: times * d for n, d in direction.items()}
-        _, (product,) = along(output, parameters, [direction], previous, 300, smooth=smoothness(state))
+        _, (product,) = along(output, parameters, [direction], previous, 300, smooth=Agreement(state, "smooth", SMOOTH))
         assert float(state["smooth"]) == (0 if jumps else 1 if step < 20 else 2)
         if jumps:
             expected = central_difference(output, parameters, direction)[1][1]

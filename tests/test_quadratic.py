@@ -404,3 +404,32 @@ def test_the_loops_own_pass_is_taken_for_natgrads_where_it_is_repeated(
         known = local._known()
     assert (known is not None) is repeats
     assert known is None or torch.equal(known[-1], output)
+
+
+class Differentiated(nn.Module):
+    """The derivative of a network by its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(at).sum(), at, create_graph=True)
+        return slope
+
+
+def test_that_a_network_differentiates_itself_is_seen_at_every_step() -> None:
+    """By a pass at the start, before it is settled how far differences look; catches one that is left out."""
+    torch.manual_seed(0)
+    model, x = Differentiated(), torch.randn(30, 1)
+    optimizer = natgrad.KFAC(model, "mse")
+    for _ in range(4):
+        optimizer.zero_grad()
+        mse_loss(model(x), x.cos()).backward()
+        optimizer.step()
+    assert optimizer.state[model.net[0].weight]["repeats"] == 0
+    mse_loss(model(x), x.cos()).backward()
+    local = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch).local
+    with torch.no_grad():
+        assert local._known() is None

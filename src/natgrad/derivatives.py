@@ -37,7 +37,7 @@ LARGE = 2_000_000
 _logger = logging.getLogger("natgrad")
 
 # A difference is the derivative if it is no further from it, relative to its length; looked at again after some steps.
-APART, AGAIN = 0.3, 16
+SMOOTH, AGAIN = 0.3, 16
 
 Named = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -73,10 +73,9 @@ class Agreement:
         apart = torch.linalg.vector_norm(quick - sure) > self._tolerance * torch.linalg.vector_norm(sure)
         self._state[self._name] = torch.tensor([0.0 if apart else 1.0 + (self._name in self._state)])
 
-
-def smoothness(state: MutableMapping[str, Any]) -> Agreement:
-    """Of differences with derivatives."""
-    return Agreement(state, "smooth", APART)
+    def refute(self) -> None:
+        """They are not to be compared."""
+        self._state[self._name] = torch.zeros(1)
 
 
 def along(

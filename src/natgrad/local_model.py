@@ -225,7 +225,10 @@ class LocalModel:
             users = at_least_float32(self.forward.output)
             if self.repeats.is_due:
                 self._before = self._run({})
-                self.repeats.learn(users, self._before[-1])
+                if self._differentiates:  # that is seen by a pass, and says how far differences look
+                    self.repeats.refute()
+                else:
+                    self.repeats.learn(users, self._before[-1])
             elif not self.repeats.is_refuted:
                 self._before = users, users
         return self._before

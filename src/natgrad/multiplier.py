@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from natgrad.batch import Forward
-from natgrad.derivatives import Agreement, smoothness
+from natgrad.derivatives import SMOOTH, Agreement
 from natgrad.distributed import Ranks
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
@@ -162,7 +162,8 @@ class LossMultiplier:
 
     def _tell(self, local: LocalModel) -> None:
         local.multiplier, local.scaler = self.loss, self.scaler
-        local.smooth, local.repeats = smoothness(self.state), Agreement(self.state, "repeats", REPEATED)
+        local.smooth = Agreement(self.state, "smooth", SMOOTH)
+        local.repeats = Agreement(self.state, "repeats", REPEATED)
 
     @cached_property
     def bound(self) -> tuple[float, bool]:
