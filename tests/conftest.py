@@ -12,3 +12,12 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def any_precision() -> Iterator[None]:
+    """Whatever a test says about how torch multiplies float32 matrices, it has not been said afterwards."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend in (torch.backends.mkldnn, torch.backends.cuda):
+        backend.matmul.fp32_precision = "none"

@@ -29,6 +29,7 @@ EKFAC, TOLD, MULTIPLIER, NOISE = "test_ekfac.py", "test_diagnostics.py", "test_m
 RESUME, GROUPS, COPIES, CHANGE = "test_resume.py", "test_groups.py", "test_copies.py", "test_quadratic_change.py"
 SAMPLE, TRUST, AVERAGING, RATES = "test_quadratic_sample.py", "test_trust.py", "test_averaging.py", "test_rates.py"
 JOINT, REST, SIDE = "test_joint.py", "test_undeclared.py", "test_side_effects.py"
+PRODUCTS = "test_products.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R", "return (1.0 / (R * self.multiplier**2) if self.fisher == \"empirical\" else R) / max(self.data, 1)", LINEAR),
     "loss reduced by mean treated as a sum": Bug("criterion.py", "return self.weight if self.reduction == \"sum\" else self.weight / (terms or 1.0)", "return self.weight", LINEAR),
@@ -277,8 +278,12 @@ BUGS = {
     "another loss than cross-entropy not told of": Bug("likelihoods.py", "if sums[1] > DIFFERENT and self.of_logits:", "if False:", LOSSES),
     "log-probabilities told to be another loss": Bug("likelihoods.py", "of_logits = False", "of_logits = True", LOSSES),
     "another compression refused": Bug("experiments/mnist.py", "if cached.is_file() and _unpacked_md5(cached) == MD5_UNPACKED[name]:", "if False:", "experiments/test_mnist.py"),
-    "outputs of another mode taken for those here": Bug("local_model.py", " and modes(self.model) == self.forward.modes:", ":", "test_quadratic.py"),
-    "outputs of another state taken for those here": Bug("local_model.py", "elif not self.repeats.is_refuted:", "else:", "test_quadratic.py"),
+    "outputs of another state taken for those here": Bug("local_model.py", "elif self.repeats.is_sure:", "else:", "test_quadratic.py"),
+    "outputs of another mode taken for those here": Bug("local_model.py", " or modes(self.model) != self.forward.modes:", ":", "test_quadratic.py"),
+    "outputs of other data taken for those here": Bug("local_model.py", "users = at_least_float32(self._take(self.forward.output))\n            if", "users = at_least_float32(self.forward.output[: self.size])\n            if", "test_quadratic.py"),
+    "a pass of some data never left out": Bug("local_model.py", "and self.repeats.is_sure:\n                return True", "and False:\n                return True", "test_quadratic.py"),
+    "what all data repeat taken for what some do": Bug("local_model.py", 'self._repeats("parts"), None', 'self._repeats("repeats"), None', "test_quadratic.py"),
+    "no number taken for agreement": Bug("local_model.py", "        elif users.isfinite().all():\n", "        else:\n", "test_quadratic.py"),
     "decay by a factor that may be negative": Bug("optimizer.py", "math.exp(-alpha * shares[parameter] * decays[parameter])", "1 - alpha * shares[parameter] * decays[parameter]", GROUPS),
     "parameters that a network cannot differentiate by": Bug("local_model.py", "p if p.requires_grad else p.detach().requires_grad_()", "p", "test_rerun.py"),
     "smoothed labels refused among several": Bug("losses.py", "indispensable = options or weighs_always", "indispensable = options or weighs_always or bool(getattr(module, 'label_smoothing', 0))", JOINT),
@@ -286,6 +291,19 @@ BUGS = {
     "gradients of all parameters looked at": Bug("preconditioner.py", "if self.trained is None or p in self.trained}", "if True}", GROUPS),
     "inputs widened for some of the weights": Bug("rerun.py", "needed = all(p.dtype not in HALF for p in model.parameters())", "needed = True", "test_mixed_precision.py"),
     "a pass left out that shows how far to look": Bug("local_model.py", "if self._differentiates:  # that is seen", "if False:  # that is seen", "test_quadratic.py"),
+    "rounded wherever one may": Bug("metric.py", "with rounding(averaged):", "with rounding(True):", PRODUCTS),
+    "second moments rounded from the start": Bug("capture.py", "rounding(self.rounds)", "rounding(True)", PRODUCTS),
+    "never rounded": Bug("products.py", "if not (pays and _allowed.get() and", "if not (False and", PRODUCTS),
+    "small products rounded": Bug("products.py", "if not (pays and _allowed.get() and", "if not (_allowed.get() and", PRODUCTS),
+    "rounded against what torch was told": Bug("products.py", 'how.fp32_precision != "none" or not', "not", PRODUCTS),
+    "rounded for ever": Bug("products.py", '        how.fp32_precision = "none"\n', "        pass\n", PRODUCTS),
+    "rounded where that is emulated": Bug("products.py", ' and _has_tiles()))', "))", PRODUCTS),
+    "bfloat16 for tensor cores": Bug("products.py", '"tf32" if on_gpu else "bf16"', '"bf16"', PRODUCTS),
+    "how torch multiplies asked in the older way": Bug("derivatives.py", "and multiplies_as_stored()", 'and torch.get_float32_matmul_precision() == "highest"', "test_derivatives.py"),
+    "rounded products taken for exact": Bug("products.py", 'fp32_precision in ("none", "ieee")', 'fp32_precision in ("none", "ieee", "bf16")', "test_derivatives.py"),
+    "padding left in the inverse": Bug("inverses.py", ".mT[..., :d, :d].contiguous()", ".mT.contiguous()", "test_inverses.py"),
+    "padding inverted with the factor": Bug("inverses.py", "_invert_carefully(padded[..., :d, :d].double()", "_invert_carefully(padded.double()", "test_inverses.py"),
+    "entries multiplied as they lie in memory": Bug("clipping.py", "torch.dot(one.flatten(), other.flatten())", "torch.dot(one.flatten(), other.mT.flatten())", "test_clipping.py"),
     "half a record left": Bug("experiments/runfolder.py", "                file.truncate(length)\n", "", "experiments/test_runfolder_faults.py"),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from natgrad.damping import Damping
-from natgrad.inverses import INVERSES, invert
+from natgrad.inverses import ALIASED, INVERSES, invert
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -99,6 +99,25 @@ def test_what_fails_in_float32_is_done_in_float64_without_a_word() -> None:
     inverse = invert(hilbert(9), 0.0, "A")
     assert inverse.dtype == torch.float32
     assert relative_error(inverse.double(), torch.linalg.inv(hilbert(9).double())) < 1e-6
+
+
+@pytest.mark.parametrize("blocks", [(), (2,)])
+@pytest.mark.parametrize("size", [ALIASED - 1, ALIASED, 2 * ALIASED])
+def test_sizes_that_caches_do_not_like_have_the_same_inverse(blocks: tuple[int, ...], size: int) -> None:
+    """Rows and columns that are added for speed leave no trace, whatever the scale."""
+    rows = 1e-6 * random(*blocks, 2 * size, size)
+    F = rows.mT @ rows
+    inverse = invert(F, 1e-12, "A")
+    assert inverse.is_contiguous()
+    assert relative_error(inverse, torch.linalg.inv(F + 1e-12 * eye(size))) < 1e-8
+
+
+def test_a_singular_factor_of_such_a_size_has_an_inverse() -> None:
+    F = factor(ALIASED, rank=3).float()
+    with pytest.warns(RuntimeWarning, match="factor A is singular"):
+        inverse = invert(F, 0.0, "A")
+    assert inverse.shape == F.shape
+    assert inverse.isfinite().all()
 
 
 @every_dtype

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from natgrad.products import multiplies_as_stored
+
 # Of the latest step, how far a difference looks; and the least relative change of the outputs that it believes, a
 # thousand times the rounding of float32.
 REACH, LEAST_CHANGE = 0.01, 1e-4
@@ -62,6 +64,11 @@ class Agreement:
         """Whether to look."""
         seen = float(self._state[self._name]) if self._name in self._state else None
         return seen is None or (seen == 1 and float(self._state["step"]) >= AGAIN)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether they do, and one need not look."""
+        return not (self.is_due or self.is_refuted)
 
     @property
     def is_refuted(self) -> bool:
@@ -214,8 +221,8 @@ def length(tensors: Iterable[Tensor]) -> Tensor:
 
 def _rounds_like_float32(parameters: Named) -> bool:
     """Not so on accelerators, which may multiply with fewer digits than they store."""
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return exact and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters.values())
+    stored = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters.values())
+    return stored and multiplies_as_stored()
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from natgrad.distributed import World
 from natgrad.factors import flush
 from natgrad.inverses import INVERSES, Inverse
 from natgrad.layers import Bases, Layer
+from natgrad.products import rounding
 from natgrad.schedule import Period
 from natgrad.state import MOVED
 from natgrad.trust import Trust
@@ -117,7 +118,8 @@ class Metric:
                 self._refresh(started, states, step)
                 self._measure(batch, states, matrix, anew=True)
         else:
-            self._measure(batch, states, matrix, anew=False)
+            with rounding(averages):
+                self._measure(batch, states, matrix, anew=False)
         stale = missing | (self.moved & self.due(step))
         refreshed = [layer for layer in started if layer.name in stale]
         self.renewed = 2 * len(refreshed) > len(started)
@@ -135,11 +137,12 @@ class Metric:
         """
         solutions: dict[str, Tensor] = {}
         shares = noise.known(states.values()) if averaged else []
-        for layer in self.layers:
-            V = matrix(layer)
-            if V is not None:
-                held = self.world.holds(layer.name)
-                solutions[layer.name] = self._solve(states[layer.name], V, shares) if held else torch.empty_like(V)
+        with rounding(averaged):
+            for layer in self.layers:
+                V = matrix(layer)
+                if V is not None:
+                    held = self.world.holds(layer.name)
+                    solutions[layer.name] = self._solve(states[layer.name], V, shares) if held else torch.empty_like(V)
         exchange.share_solutions(solutions, self.world)
         return solutions
 

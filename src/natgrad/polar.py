@@ -24,6 +24,8 @@ Higham (2008), "Functions of matrices", chapter 6, for the iteration. Measured i
 import torch
 from torch import Tensor
 
+from natgrad.products import product
+
 # τ² over the mean square of the singular values that are noise; and over that of all of them, at least.
 NOISE, LEAST = 3.0, 1e-4
 # Rows of the batch for each dimension of the smaller side that it takes.
@@ -55,13 +57,13 @@ def orthogonalize(V: Tensor, natural: Tensor, noise: float) -> Tensor:
         Of the same shape, and of the same length in the metric; of zero gradients, zero.
     """
     left = V.shape[-2] <= V.shape[-1]
-    gram = natural @ V.mT if left else V.mT @ natural
+    gram = product(natural, V.mT) if left else product(V.mT, natural)
     traces = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
     total = traces.sum()
     shift = (NOISE * noise + LEAST) * total / (traces.numel() * gram.shape[-1]) + torch.finfo(gram.dtype).tiny
     root = inverse_root(_shift(gram.clone(), shift), traces + shift)
-    evened = root @ natural if left else natural @ root
-    length = torch.sum((gram @ root).mT * root)  # tr of its own square in the metric
+    evened = product(root, natural) if left else product(natural, root)
+    length = torch.sum(product(gram, root).mT * root)  # tr of its own square in the metric
     return evened * (total / length.clamp(min=torch.finfo(gram.dtype).tiny)).sqrt()
 
 
@@ -76,9 +78,9 @@ def inverse_root(matrix: Tensor, bound: Tensor) -> Tensor:
     rest = matrix / bound  # times root², which is to become I
     step = root = _step(rest, SCALES[0])
     for scale in SCALES[1:]:
-        rest = rest @ step @ step
+        rest = product(product(rest, step), step)
         step = _step(rest, scale)
-        root = root @ step
+        root = product(root, step)
     return root * bound.rsqrt()
 
 

@@ -272,6 +272,7 @@ class Preconditioner:
     def _look_out(self) -> None:
         """Settle what the next batch is to tell."""
         self.capture.step, self.capture.whole = self.steps, schedule.starts(self.steps, self.curvature_period)
+        self.capture.rounds = self.may_average and Trust(self._state(self.layers[0])).averages
         known = {layer: self._state(layer).get("rows", torch.inf) for layer in self.layers}
         shares = {layer.name: share_known(rows, layer.dense_dimension) for layer, rows in known.items()}
         self.capture.due = schedule.due(self.steps, self.curvature_period, shares)
@@ -382,10 +383,9 @@ class Preconditioner:
         likelihood = forward.likelihood
         forward.see_what_counts(likelihood)
         ranks = Ranks(self.world, batch.part, forward.output)
-        state, select = self._state(self.layers[0]), self.capture.view
-        local = partial(LocalModel, self.model, likelihood, select, forward, batch.terms, ranks)
+        local = partial(LocalModel, self.model, likelihood, self.capture.view, forward, batch.terms, ranks)
         share = partial(noise.share, self.states().values())
-        return LossMultiplier(state, local, forward, likelihood, batch.terms, ranks, share)
+        return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms, ranks, share)
 
     def _update_factors(self, layer: Layer, batch: Batch) -> None:
         if (factors := batch.factors(layer)) is None:

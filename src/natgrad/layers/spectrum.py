@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from natgrad.layers.moments import at_least_float32
+from natgrad.products import product
 
 Bases = tuple[Tensor, Tensor]
 """Q_A, ([B,] in [+ 1], in [+ 1]), and Q_G, ([B,] out, out); a column, of any values, stands for the identity."""
@@ -79,8 +80,8 @@ def rotate_rows(rows: Tensor, Q: Tensor) -> Tensor:
     if Q.shape[-1] == 1:
         return rows
     # As one product for all data: broadcast over them it would be a slow one for each.
-    product: Tensor = (rows.flatten(-3, -2) @ Q).unflatten(-2, rows.shape[-3:-1])
-    return product
+    rotated: Tensor = product(rows.flatten(-3, -2), Q).unflatten(-2, rows.shape[-3:-1])
+    return rotated
 
 
 def times(rows: Tensor, P: Tensor) -> Tensor:
