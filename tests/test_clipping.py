@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import natgrad
+from natgrad.clipping import LARGE, dot
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -48,3 +49,15 @@ def test_a_clipped_step_is_as_much_shorter() -> None:
             optimizer.step()
         lengths.append(optimizer.diagnostics()["step_norm"])
     assert lengths[1] == pytest.approx(0.1 * lengths[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_large_and_small_tensors_add_up(dtype: torch.dtype) -> None:
+    """Entries meet those at the same place, in whatever order they lie in memory, and of whatever precision."""
+    torch.manual_seed(0)
+    sizes = [(2, LARGE // 2), (3, 5), (LARGE // 8, 8)]
+    direction = {nn.Parameter(torch.randn(size)): torch.randn(size) for size in sizes}
+    gradients = {p: torch.randn(p.shape[::-1], dtype=dtype).mT for p in direction}
+    expected = sum(torch.sum(d * gradients[p].double()) for p, d in direction.items())
+    torch.testing.assert_close(dot(direction, gradients.get), expected, rtol=1e-12, atol=0.0)
+    assert dot(direction, {}.get) == 0

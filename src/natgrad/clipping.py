@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 Gradient = Callable[[nn.Parameter], Tensor | None]
+# From so many entries on, writing down their products takes longer than all else.
+LARGE = 2**16
 
 
 def clip_scale(
@@ -29,5 +31,11 @@ def clip_scale(
 
 def dot(direction: Mapping[nn.Parameter, Tensor], gradient: Gradient) -> Tensor:
     """Product of the loss's gradient with a direction."""
-    products = [torch.sum(d * g) for p, d in direction.items() if (g := gradient(p)) is not None]
+    products = [_inner(d, g) for p, d in direction.items() if (g := gradient(p)) is not None]
     return torch.stack(products).sum() if products else torch.zeros(())
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    if one.numel() < LARGE or one.dtype != other.dtype:
+        return torch.sum(one * other)
+    return torch.dot(one.flatten(), other.flatten())
