@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import jacrev
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
 from cases import MSE, Loss, data_for, every_loss
@@ -396,14 +396,60 @@ def test_the_loops_own_pass_is_taken_for_natgrads_where_it_is_repeated(
     state = optimizer.state[next(iter(model.parameters()))]
     assert bool(state["repeats"]) is repeats
     mse_loss(output := model(x), y).backward()
-    local = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch).local
     with torch.no_grad():
         model.eval()
-        assert local._known() is None
+        assert optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch).local._known() is None
         model.train()
-        known = local._known()
+        known = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch).local._known()
     assert (known is not None) is repeats
     assert known is None or torch.equal(known[-1], output)
+
+
+def normalized() -> nn.Module:
+    """Some of the data have other statistics than all."""
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(("build", "repeats"), [(lambda: nn.Linear(3, 2), True), (normalized, False)])
+def test_the_loops_own_pass_is_taken_for_that_of_some_data_where_it_is_the_same(
+    build: Callable[[], nn.Module], repeats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then no pass is made to begin with; catches outputs of other data, and of data that depend on each other."""
+    torch.manual_seed(0)
+    model, x, y = build(), torch.randn(300, 3), torch.randn(300, 2)
+    optimizer = natgrad.KFAC(model, "mse")
+    for _ in range(4):
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+    state = optimizer.state[next(iter(model.parameters()))]
+    assert bool(state["parts"]) is repeats
+    mse_loss(output := model(x), y).backward()
+    passes, run = [], LocalModel._run
+    monkeypatch.setattr(LocalModel, "_run", lambda local, p: passes.append(p) or run(local, p))
+    with torch.no_grad():
+        local = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch).local
+        assert len(passes) == (not repeats)
+        assert local.size < 300
+        assert (relative_error(local._known()[-1], output[local.chosen]) == 0) is repeats
+
+
+def test_masked_outputs_do_not_tell_whether_a_pass_is_repeated() -> None:
+    """−∞ − −∞ is no number, and nothing follows."""
+    model = nn.Sequential(nn.Linear(3, 4), Masked())
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model(torch.randn(300, 3)), torch.zeros(300, dtype=torch.long)).backward()
+        optimizer.step()
+    assert "parts" not in optimizer.state[model[0].weight]
+
+
+class Masked(nn.Module):
+    """One class is impossible."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.masked_fill(torch.tensor([False, False, False, True]), -torch.inf)
 
 
 class Differentiated(nn.Module):

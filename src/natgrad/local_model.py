@@ -24,7 +24,7 @@ Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.batch import Forward, shuffled
-from natgrad.derivatives import Agreement, Outputs, along, directional_derivative, length, without_graph
+from natgrad.derivatives import SMOOTH, Agreement, Outputs, along, directional_derivative, length, without_graph
 from natgrad.distributed import Ranks, is_sharded, whole
 from natgrad.layers import at_least_float32, uses_batch_statistics
 from natgrad.likelihoods import Likelihood
@@ -61,6 +61,8 @@ class LocalModel:
         terms: What the reduction divides by, over the whole batch: more than that forward's when it was split.
         ranks: Of a data-parallel run; the model is that of the mean of their losses, the same on all of them.
         more: So many times as many data as usual.
+        state: Of the first layer's first parameter, with what was seen of the network before; see
+            :class:`~natgrad.derivatives.Agreement`. Without it nothing is taken for granted.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class LocalModel:
         terms: float,
         ranks: Ranks | None = None,
         more: float = 1.0,
+        state: MutableMapping[str, Any] | None = None,
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
         self.ranks = ranks or Ranks()
@@ -83,8 +86,8 @@ class LocalModel:
         self.parts = (0.0, 0.0)
         self._products, self._reasons = list[Tensor](), list[str]()  # J d of the latest `curvature`; why by differences
         self._differentiates = False
-        self.smooth: Agreement | None = None
-        self.repeats: Agreement | None = None  # whether the loop's own pass is repeated to rounding
+        self._state = state
+        self.smooth = None if state is None else Agreement(state, "smooth", SMOOTH)
         self._ruled_out: Tensor | None = None  # where the user's output is −∞
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
         enough = round(min(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data), forward.data))
@@ -100,7 +103,7 @@ class LocalModel:
 
     def _take_all(self) -> None:
         """Be of all data of the pass."""
-        self.size = self.forward.data
+        self.size, self.repeats = self.forward.data, self._repeats("repeats")
         self.chosen: slice | Tensor = slice(None)
         self.emphasis = torch.ones(self.size, device=self.forward.output.device)
         self.args, self.kwargs = widened((self.forward.args, self.forward.kwargs), self.model)
@@ -114,19 +117,23 @@ class LocalModel:
         forward = self.forward
         assert forward.gradient is not None
         order = shuffled(forward.data, forward.seed).to(forward.output.device)
-        self.size = size
+        self.size, self.repeats, self._before = size, self._repeats("parts"), None
         self.chosen, self.emphasis = stratified(order, size, forward.gradient.reshape(forward.data, -1))
         try:
             arguments = subsample(forward, self.chosen)
             if arguments is None:
                 return False
             self.args, self.kwargs = widened(arguments, self.model)
+            if self.repeats is not None and self.repeats.is_sure:
+                return True
             self._before = self._run({})
         except REFUSALS:
             return False
         (returned, output), expected = self._before, self._take(forward.output)
         if (returned.shape, output.shape) != (self._take(forward.gradient).shape, expected.shape):
             return False
+        if self.repeats is not None and self.repeats.is_due:
+            self._compare(expected)
         apart = torch.linalg.vector_norm(output - expected) > APART * torch.linalg.vector_norm(expected)
         return not apart or any(map(uses_batch_statistics, self.model.modules()))
 
@@ -220,18 +227,29 @@ class LocalModel:
 
     def _known(self) -> Outputs | None:
         """The outputs here if they are known, be it from the loop's own pass."""
-        own = self.has_all and self.forward.find is None and self._ruled_out is None
-        if self._before is None and own and self.repeats is not None and modes(self.model) == self.forward.modes:
-            users = at_least_float32(self.forward.output)
+        if self._before is None and self.repeats is not None and self._ruled_out is None:
+            users = at_least_float32(self._take(self.forward.output))
             if self.repeats.is_due:
                 self._before = self._run({})
-                if self._differentiates:  # that is seen by a pass, and says how far differences look
-                    self.repeats.refute()
-                else:
-                    self.repeats.learn(users, self._before[-1])
-            elif not self.repeats.is_refuted:
+                self._compare(users)
+            elif self.repeats.is_sure:
                 self._before = users, users
         return self._before
+
+    def _repeats(self, name: str) -> Agreement | None:
+        """Whether the loop's own pass is repeated to rounding; None where the two are not to be compared."""
+        if self._state is None or self.forward.find is not None or modes(self.model) != self.forward.modes:
+            return None
+        return Agreement(self._state, name, REPEATED)
+
+    def _compare(self, users: Tensor) -> None:
+        """Learn of the pass that was just made whether it repeats the loop's own."""
+        assert self.repeats is not None
+        assert self._before is not None
+        if self._differentiates:  # that is seen by a pass, and says how far differences look
+            self.repeats.refute()
+        elif users.isfinite().all():
+            self.repeats.learn(at_least_float32(users), self._before[-1])
 
     def _parameters(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: self._gathered.get(name, self.model.get_parameter(name).detach()) for name in like}

@@ -30,11 +30,10 @@ import torch
 from torch import Tensor
 
 from natgrad.batch import Forward
-from natgrad.derivatives import SMOOTH, Agreement
 from natgrad.distributed import Ranks
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
-from natgrad.local_model import REPEATED, LocalModel
+from natgrad.local_model import LocalModel
 from natgrad.quadratic import HALVINGS
 from natgrad.trust import Trust
 from natgrad.undeclared import Undeclared
@@ -145,25 +144,24 @@ class LossMultiplier:
         """The quadratic model of the user's loss, on the current pass."""
         if self.undeclared.is_found:
             return self.of_all()
-        local = self._local(more=Trust(self.state).more)
-        self._tell(local)
-        return local
+        return self._made(more=Trust(self.state).more)
 
     def of_all(self) -> LocalModel:
         """The same on all data of the pass."""
-        local = self._local(more=math.inf)
-        self._tell(local)
-        return local
+        return self._made(more=math.inf)
 
     @cached_property
     def undeclared(self) -> Undeclared:
         """What of the user's loss was not declared."""
         return Undeclared(self.state)
 
+    def _made(self, more: float) -> LocalModel:
+        local = self._local(more=more, state=self.state)
+        self._tell(local)
+        return local
+
     def _tell(self, local: LocalModel) -> None:
         local.multiplier, local.scaler = self.loss, self.scaler
-        local.smooth = Agreement(self.state, "smooth", SMOOTH)
-        local.repeats = Agreement(self.state, "repeats", REPEATED)
 
     @cached_property
     def bound(self) -> tuple[float, bool]:

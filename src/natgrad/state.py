@@ -34,6 +34,7 @@ OF_ALL = {
     "undeclared": 3,
     "smooth": 1,
     "repeats": 1,
+    "parts": 1,
 }
 
 
