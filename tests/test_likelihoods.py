@@ -369,9 +369,43 @@ def smoothed(f: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(f, y, reduction="none", label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("loss", [distilled, smoothed])
-def test_targets_that_are_no_labels_tell_no_weights(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    assert shares_of(loss, torch.rand(9) + 0.1, logits((9, 4))) is None
+def test_targets_that_are_no_labels_tell_no_weights(loss: Callable[[Tensor, Tensor], Tensor], classes: int) -> None:
+    """Of two classes, every gradient is that of a label with some weight."""
+    assert shares_of(loss, torch.rand(9) + 0.1, logits((9, classes))) is None
+    assert shares_of(loss, torch.ones(9), logits((9, classes))) is None
+
+
+def test_of_two_classes_weights_of_the_classes_are_read() -> None:
+    weights, labels = torch.tensor([0.5, 2.0]), torch.arange(9) % 2
+    found = shares_of(lambda f, _: labelled(f, labels), weights[labels], logits((9, 2)))
+    assert found is not None
+    torch.testing.assert_close(found.squeeze(1), weights[labels] / 0.5, rtol=1e-8, atol=0.0)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0)])
+def test_saturated_outputs_may_meet_their_targets(bounds: tuple[float, float]) -> None:
+    """Catches them taken for masked, as pixels that are black or white in the target, too; masked ones are not."""
+    f = (3 * logits((9, 4))).clamp(*bounds)
+    y = f.clone()
+    inside = (f > bounds[0]) & (f < bounds[1])
+    y[inside] += 0.3
+    assert Gaussian().shares(f, f - y) is None
+    mask = inside & (torch.rand(9, 4) < 0.5)
+    shares = Gaussian().shares(f, torch.where(mask, 0.0, f - y))
+    assert torch.equal(shares == 0, mask)
+
+
+def test_a_rate_and_a_variance_of_zero_have_a_likelihood() -> None:
+    """Finite throughout; what is below zero has no logarithm, and is seen to have none."""
+    zero = torch.zeros(3, 1)
+    poisson, both = Poisson(log_input=False), torch.stack([logits((3, 1)), torch.zeros(3, 1)], 1)
+    assert poisson.divergence(zero, zero - 0.2).isnan().all()
+    for likelihood, output in ((poisson, zero), (MeanVariance(), both)):
+        drawn = likelihood.sample(output, torch.Generator().manual_seed(0))
+        for result in (drawn, *likelihood.columns(output), likelihood.divergence(output, output)):
+            assert result.isfinite().all()
 
 
 def test_equal_weights_are_none() -> None:

@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    gaussian_nll_loss,
+    mse_loss,
+    poisson_nll_loss,
+)
 
 import natgrad
 from cases import Loss, data_for, every_loss
 from natgrad import local_model
 from natgrad.batch import shuffled
 from natgrad.chance import Chance
+from natgrad.likelihoods import MeanVariance, Poisson
 from quadratic_cases import Direction, directions_of, network
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -78,6 +85,53 @@ def test_change_is_that_of_the_users_loss(loss: Loss) -> None:
     clean = copy.deepcopy(model)
     actual = change_by_natgrad(model, loss.told, lambda m: loss.loss_fn(m(x), y))
     expected = loss.loss_fn(stepped(clean, step_of(clean))(x), y) - loss.loss_fn(clean(x), y)
+    assert actual == pytest.approx(expected.item(), rel=1e-9)
+
+
+def rates() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2), nn.Softplus())
+
+
+class MeanAndVariance(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = rates()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.net(x).unbind(1)
+        return torch.stack([mean - 0.3, variance + 0.1], 1)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("build", "told", "user"),
+    [
+        (rates, Poisson(log_input=False), lambda f, y: poisson_nll_loss(f, y[:, :2], log_input=False, eps=0.0)),
+        (MeanAndVariance, MeanVariance(), lambda f, y: gaussian_nll_loss(f[:, 0], y[:, 2], f[:, 1])),
+        (
+            MeanAndVariance,
+            MeanVariance("sum"),
+            lambda f, y: gaussian_nll_loss(f[:, 0], y[:, 2], f[:, 1], reduction="sum"),
+        ),
+    ],
+    ids=["rate", "mean and variance", "their sum"],
+)
+def test_change_is_exact_where_targets_do_not_enter_linearly(
+    build: Callable[[], nn.Module], told: Any, user: Callable[[Tensor, Tensor], Tensor], factor: float
+) -> None:
+    """The gradient tells them; catches the divergence from the model's own distribution in the place of the data's."""
+    model, x = build(), torch.randn(6, 3)
+    y = torch.cat([torch.poisson(torch.full((6, 2), 2.0)), torch.randn(6, 1)], 1)
+    clean = copy.deepcopy(model)
+    optimizer = natgrad.KFAC(model, told)
+    (factor * user(model(x), y)).backward()
+    optimizer.preconditioner.update()
+    with torch.no_grad():
+        local = optimizer.preconditioner.multiplier.local
+        local.multiplier = factor
+        actual = local.change(step_of(model))
+    expected = factor * (user(stepped(clean, step_of(clean))(x), y) - user(clean(x), y))
     assert actual == pytest.approx(expected.item(), rel=1e-9)
 
 

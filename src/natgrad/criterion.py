@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "batchmean"]
+# So few entries of a gradient are zero by rounding, among millions; if they are masked, it makes no difference.
+ROUNDED = 1e-4
 
 
 class Likelihood(ABC):
@@ -47,11 +49,22 @@ class Likelihood(ABC):
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """KL divergence from the distribution at ``output`` to that at ``moved``, of each criterion.
 
-        With g the gradient of the loss at ``output``, the loss changes by g · (moved − output) + R Σ divergence:
-        exactly so where the criterion's targets enter linearly, as in all named losses. By default, its second-order
-        term. Shaped like ``output``, up to dimensions summed to one.
+        By default, its second-order term. Shaped like ``output``, up to dimensions summed to one.
         """
         return (moved - output) * self.hessian_product(output, moved - output) / 2
+
+    def remainder(self, output: Tensor, moved: Tensor, gradient: Tensor) -> Tensor:
+        """What each criterion changes by from ``output`` to ``moved``, less ∇c · (moved − output).
+
+        Where targets enter the criterion linearly, as in most losses, that is the divergence, whatever they are.
+        Shaped like that.
+
+        Args:
+            output: As everywhere.
+            moved: Another output.
+            gradient: ∇c at ``output``, which tells the target where it matters.
+        """
+        return self.divergence(output, moved)
 
     def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
         """∇c at ``moved`` less ∇c at ``output``, for the same target; by default to first order."""
@@ -113,3 +126,47 @@ class Likelihood(ABC):
     def scale(self, terms: float) -> float:
         """R, the factor between the sum of the criteria and the loss, for a batch with so many ``terms``; 0 is as 1."""
         return self.weight if self.reduction == "sum" else self.weight / (terms or 1.0)
+
+
+class Elementwise(Likelihood):
+    """One criterion for each entry of the output, with a diagonal ∇²c."""
+
+    def criteria(self, output: Tensor) -> int:
+        """One per output entry."""
+        return output.numel()
+
+    def counted(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """Entry by entry; an output of zero, or at a bound of the outputs, may be its very target."""
+        if not output.numel():
+            return torch.ones_like(gradient)
+        met = output == 0
+        for bound in torch.aminmax(output):
+            reached = output == bound
+            met |= reached & (reached.sum() > 1)
+        return ((gradient != 0) | met).to(gradient.dtype)
+
+    def shares(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        """As everywhere; all count where next to none is zero, which is had for a quarter of the time."""
+        zeros = gradient.numel() - int(gradient.count_nonzero())
+        return None if zeros <= ROUNDED * gradient.numel() else super().shares(output, gradient)
+
+    @abstractmethod
+    def diagonal(self, output: Tensor) -> Tensor:
+        """Of the Fisher matrix."""
+
+    def columns(self, output: Tensor) -> Iterator[Tensor]:
+        """The root of the diagonal, at one entry of every datum at a time."""
+        return entries(self.diagonal(output).sqrt())
+
+    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
+        """The diagonal times the vector."""
+        return self.diagonal(output) * vector
+
+
+def entries(values: Tensor) -> Iterator[Tensor]:
+    """``values`` restricted to one entry of every datum at a time, for a diagonal ∇²c."""
+    flat = values.reshape(values.shape[0], -1)
+    for k in range(flat.shape[1]):
+        column = torch.zeros_like(flat)
+        column[:, k] = flat[:, k]
+        yield column.reshape(values.shape)

@@ -22,14 +22,15 @@ Grosse (2015), arXiv:1503.05671, section 2.
 """
 
 import warnings
-from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from natgrad.criterion import Likelihood, Reduction
+from natgrad import criterion
+from natgrad.criterion import Likelihood, Reduction, entries
+from natgrad.heteroscedastic import MeanVariance, Poisson
 
 __all__ = [
     "Bernoulli",
@@ -44,40 +45,9 @@ __all__ = [
 # Sums of a gradient over its classes are zero up to rounding of half precision; over anything else they are not.
 # Relative to sums of absolute values.
 SAME, DIFFERENT = 0.02, 0.1
-# So few entries of a gradient are zero by rounding, among millions; if they are masked, it makes no difference.
-ROUNDED = 1e-4
 
 
-class _Elementwise(Likelihood):
-    """One criterion for each entry of the output, with a diagonal ∇²c."""
-
-    def criteria(self, output: Tensor) -> int:
-        """One per output entry."""
-        return output.numel()
-
-    def counted(self, output: Tensor, gradient: Tensor) -> Tensor:
-        """Entry by entry; an output of zero may be a target of zero, where training begins."""
-        return ((gradient != 0) | (output == 0)).to(gradient.dtype)
-
-    def shares(self, output: Tensor, gradient: Tensor) -> Tensor | None:
-        """As everywhere; all count where next to none is zero, which is had for a quarter of the time."""
-        zeros = gradient.numel() - int(gradient.count_nonzero())
-        return None if zeros <= ROUNDED * gradient.numel() else super().shares(output, gradient)
-
-    @abstractmethod
-    def diagonal(self, output: Tensor) -> Tensor:
-        """Of the Fisher matrix."""
-
-    def columns(self, output: Tensor) -> Iterator[Tensor]:
-        """The root of the diagonal, at one entry of every datum at a time."""
-        return _entries(self.diagonal(output).sqrt())
-
-    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
-        """The diagonal times the vector."""
-        return self.diagonal(output) * vector
-
-
-class Gaussian(_Elementwise):
+class Gaussian(criterion.Elementwise):
     """Squared error. ``"mean"`` and ``"sum"`` are torch's ``MSELoss``; ``"batchmean"`` is Σ ½ (f − y)² / N.
 
     Args:
@@ -107,7 +77,7 @@ class Gaussian(_Elementwise):
         return vector
 
 
-class Bernoulli(_Elementwise):
+class Bernoulli(criterion.Elementwise):
     """Binary cross-entropy of logits, as torch's ``BCEWithLogitsLoss``."""
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -234,18 +204,32 @@ class Categorical(Likelihood):
 
 
 def _weights_of_labels(output: Tensor, gradient: Tensor) -> Tensor | None:
-    """Over their median, of each criterion; None where they are all alike, or where targets are no labels."""
+    """Over their median, of each criterion; None where they are all alike, or where targets are no labels.
+
+    Of two classes a gradient is that of some label whatever the target is: weights are believed if they are those of
+    the classes.
+    """
     (least, label), (most, other) = gradient.min(dim=1, keepdim=True), gradient.max(dim=1, keepdim=True)
     log_p = output.gather(1, torch.cat([label, other], dim=1)) - output.logsumexp(dim=1, keepdim=True)
     missing, p = -torch.expm1(log_p[:, :1]), log_p[:, 1:].exp()
     # Where a label is met to many digits, these tell no weight.
     clear = (least < 0) & (missing > 0.01) & (p > 0)
     weights = (-least / missing)[clear]
-    if not weights.numel() or torch.allclose(weights, middle := weights.median(), rtol=ALIKE, atol=0.0):
+    if _are_alike(weights):
         return None
-    if not torch.allclose(weights, (most / p)[clear], rtol=ALIKE, atol=0.0):
+    if output.shape[1] == 2:
+        if not all(_are_alike(weights[label[clear] == k]) for k in (0, 1)):
+            return None
+    elif not torch.allclose(weights, (most / p)[clear], rtol=ALIKE, atol=0.0):
         return None
-    return torch.ones_like(missing).masked_scatter_(clear, weights / middle)
+    return torch.ones_like(missing).masked_scatter_(clear, weights / weights.median())
+
+
+def _are_alike(weights: Tensor) -> bool:
+    if not weights.numel():
+        return True
+    least, most = torch.stack(torch.aminmax(weights)).tolist()
+    return bool(most - least <= ALIKE * most)
 
 
 class LogCategorical(Categorical):
@@ -263,7 +247,7 @@ class LogCategorical(Categorical):
 
     def columns(self, output: Tensor) -> Iterator[Tensor]:
         """√p_k at one entry of every datum at a time."""
-        return _entries(torch.softmax(output, dim=1).sqrt())
+        return entries(torch.softmax(output, dim=1).sqrt())
 
     def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
         """p ∘ v."""
@@ -280,88 +264,3 @@ class LogCategorical(Categorical):
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """Zero, for the same reason."""
         return torch.zeros_like(output)
-
-
-class Poisson(_Elementwise):
-    """Poisson regression of counts, as torch's ``PoissonNLLLoss``.
-
-    Args:
-        reduction: As for every likelihood.
-        log_input: Whether the output is the logarithm of the rate, or the rate.
-    """
-
-    def __init__(self, reduction: Reduction = "mean", log_input: bool = True) -> None:
-        super().__init__(reduction)
-        self.log_input = log_input
-
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """rate − y for the logarithm, 1 − y / rate for the rate, with y drawn from Poisson(rate)."""
-        rate = output.exp() if self.log_input else output
-        drawn = torch.poisson(rate.nan_to_num(nan=0.0).clamp(min=0), generator=generator)
-        return rate - drawn if self.log_input else 1 - drawn / rate
-
-    def reach(self, output: Tensor, gradient: Tensor) -> Tensor:
-        """The rate, or 1, down to a count of 0."""
-        return torch.where(gradient > 0, output.exp() if self.log_input else torch.ones_like(output), torch.inf)
-
-    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
-        """rate′ − rate − rate (log rate′ − log rate)."""
-        before, after = (output, moved) if self.log_input else (output.log(), moved.log())
-        return after.exp() - before.exp() * (1 + after - before)
-
-    def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
-        """rate′ − rate for the logarithm; for the rate to first order, as it depends on the count."""
-        return moved.exp() - output.exp() if self.log_input else super().gradient_change(output, moved)
-
-    def diagonal(self, output: Tensor) -> Tensor:
-        """The rate, or its inverse."""
-        return output.exp() if self.log_input else output.reciprocal()
-
-
-class MeanVariance(_Elementwise):
-    """Gaussian with a mean and a variance that the model predicts, as torch's ``GaussianNLLLoss``.
-
-    The output is (N, 2, …): means, then variances.
-    """
-
-    def check(self, output: Tensor) -> None:
-        """Refuse outputs without the two."""
-        super().check(output)
-        if output.ndim < 2 or output.shape[1] != 2:
-            raise ValueError(
-                f"{self!r} needs an output of shape (N, 2, …), means then variances, and the model returned "
-                f"{tuple(output.shape)}: pass for instance `output=lambda out: torch.stack(out, dim=1)`."
-            )
-
-    def criteria(self, output: Tensor) -> int:
-        """One per mean."""
-        return output.numel() // 2
-
-    def counted(self, output: Tensor, gradient: Tensor) -> Tensor:
-        """Mean and variance together."""
-        return (gradient != 0).any(dim=1, keepdim=True).to(gradient.dtype)
-
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """(mean − y) / variance and (1 − (mean − y)² / variance) / (2 variance) with y drawn from the Gaussian."""
-        variance = output[:, 1]
-        noise = torch.randn(variance.shape, generator=generator, dtype=output.dtype, device=output.device)
-        return torch.stack([noise / variance.sqrt(), (1 - noise.square()) / (2 * variance)], dim=1)
-
-    def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
-        """½ (log s′/s + (s + (m − m′)²) / s′ − 1) for means m and variances s."""
-        (m, s), (m_moved, s_moved) = output.unbind(1), moved.unbind(1)
-        return ((s_moved / s).log() + (s + (m - m_moved).square()) / s_moved - 1).unsqueeze(1) / 2
-
-    def diagonal(self, output: Tensor) -> Tensor:
-        """1 / variance, and 1 / (2 variance²)."""
-        precision = output[:, 1].reciprocal()
-        return torch.stack([precision, precision.square() / 2], dim=1)
-
-
-def _entries(values: Tensor) -> Iterator[Tensor]:
-    """``values`` restricted to one entry of every datum at a time, for a diagonal ∇²c."""
-    flat = values.reshape(values.shape[0], -1)
-    for k in range(flat.shape[1]):
-        column = torch.zeros_like(flat)
-        column[:, k] = flat[:, k]
-        yield column.reshape(values.shape)

@@ -17,8 +17,8 @@ targets: with f and f′ the outputs, and g_f the gradient that the user's loss 
 
     L(θ + s) − L(θ) = g_f · (f′ − f) + R Σ KL(f ‖ f′)
 
-because in every named loss the targets enter linearly. Dropout or batch statistics may make f another than the user's
-f₀; then g_f is the user's gradient plus R (∇c(f) − ∇c(f₀)).
+because in nearly every loss the targets enter linearly; in the others g_f tells them. Dropout or batch statistics may
+make f another than the user's f₀; then g_f is the user's gradient plus R (∇c(f) − ∇c(f₀)).
 
 Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 """
@@ -205,16 +205,27 @@ class LocalModel:
         returned, before = self._before
         returned_after, after = self._run({name: p + step[name].to(p.dtype) for name, p in parameters.items()})
         weight = self._weigh(before)
-        divergence = weight * self.likelihood.divergence(before, after)
+        remainder = weight * self._remainder(before, after)
         users = at_least_float32(self._take(self.forward.output))
         shift = self._scale(before) * weight * self.likelihood.gradient_change(users, before)
         linear = torch.sum(self._arrived() / self.scaler * (returned_after - returned)) + torch.sum(
             shift * (after - before)
         )
-        bend = self._scale(before) * divergence.sum()
+        bend = self._scale(before) * remainder.sum()
         slope, rise = map(float, self.ranks.mean(torch.stack([linear, bend])))
         self.parts = (slope, 2 * rise)
         return slope + rise
+
+    def _remainder(self, before: Tensor, after: Tensor) -> Tensor:
+        """Of each criterion, what the user's gradient at the output leaves of its change."""
+        if self.forward.find is not None:  # that gradient is another
+            return self.likelihood.divergence(before, after)
+        assert self.forward.gradient is not None
+        gradient = self._take(self.forward.gradient)
+        gradient = gradient / (self.multiplier * self.scaler * self.likelihood.scale(self.total_terms))
+        if self.weights is not None:
+            gradient = gradient / self.weights.curvature.where(self.weights.curvature != 0, 1.0)
+        return self.likelihood.remainder(before, after, gradient)
 
     def size_of(self, direction: dict[str, Tensor]) -> float:
         """Length of the parameters that a direction moves."""
