@@ -57,23 +57,23 @@ def test_ekfac_is_the_nearest_matrix_with_its_basis(fisher: Any, layer: str) -> 
 
 
 @either
-def test_a_loader_is_its_data_together(ekfac: bool) -> None:
-    """With batches of unequal size, and shown by the progress bar that was asked for."""
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("loss", ["cross_entropy", nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")])
+def test_a_loader_is_its_data_together(ekfac: bool, fisher: Any, loss: Any) -> None:
+    """With batches of unequal size, and shown by the progress bar that was asked for.
+
+    Catches a loss module's batches of which only the last counts, and gradients divided by the data of their batch.
+    """
     model, x, y = problem()
     seen = []
-    loader = [(x[:4], y[:4]), (x[4:], y[4:])]
+    loader = [(x[:4], y[:4]), (x[4:5], y[4:5]), (x[5:], y[5:])]
     split = natgrad.curvature(
-        model,
-        loader,
-        loss="cross_entropy",
-        fisher="exact",
-        ekfac=ekfac,
-        progress=lambda it: (seen.append(b) or b for b in it),
+        model, loader, loss=loss, fisher=fisher, ekfac=ekfac, progress=lambda it: (seen.append(b) or b for b in it)
     )
-    whole = natgrad.curvature(model, x, y, "cross_entropy", fisher="exact", ekfac=ekfac)
+    whole = natgrad.curvature(model, x, y, loss, fisher=fisher, ekfac=ekfac)
     for name in whole:
         assert relative_error(split[name].dense(), whole[name].dense()) < 1e-12
-    assert len(seen) == 2 * (1 + ekfac)
+    assert len(seen) == 3 * (1 + ekfac)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", nn.CrossEntropyLoss()])

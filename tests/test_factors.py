@@ -6,7 +6,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+import natgrad
 from cases import dense_block, every_sharing
+from layer_modules import Language
 from natgrad import factors
 from natgrad.factors import Statistics, automatic_decay, join, resolve_sharing, share_known, update_average
 from natgrad.layers.moments import SMALL, moment
@@ -261,3 +263,28 @@ def test_sharing_by_word_or_by_name() -> None:
 def test_sharing_that_is_refused(sharing: str | dict[str, str], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         resolve_sharing(sharing, ["a", "b"])
+
+
+@pytest.mark.filterwarnings("ignore:natgrad. layer 'body' received no data")
+@pytest.mark.parametrize("first", ["table", "head"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_factors_of_a_tied_weight_have_one_shape_whichever_use_ran(first: str, bias: bool) -> None:
+    """Catches the diagonal of a table that is spread over the rows of a matrix, and a bias that is not there."""
+    torch.manual_seed(0)
+    model = Language(bias=bias)
+    model.table_alone = False
+    head = model.forward
+    model.forward = lambda tokens: model.embedding(tokens) if model.table_alone else head(tokens)  # type: ignore[method-assign]
+    preconditioner = natgrad.Preconditioner(
+        model, "mse", factor_decay=0.9, damping=0.1, curvature_period=1, inverse_period=1, batch_fraction=1.0
+    )
+    tokens = torch.randint(7, (20, 5))
+    for turn in range(4):
+        model.zero_grad()
+        model.table_alone = (turn % 2 == 0) == (first == "table")
+        model(tokens).square().mean().backward()
+        preconditioner.step()
+        A, G = preconditioner.factors()["head"]
+        assert (A.shape, G.shape) == ((4 + bias, 4 + bias), (7, 7))
+        assert torch.allclose(G, G.mT)
+        assert torch.linalg.eigvalsh(A).min() > -1e-6

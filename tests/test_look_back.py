@@ -9,36 +9,45 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrizations import weight_norm
 
 import natgrad
-from natgrad.batch import Forward
+from natgrad.fingerprint import ENTRIES, fingerprint
 from natgrad.trust import BACK, Trust
 
 
-def forward(*args: Any, **kwargs: Any) -> Forward:
-    return Forward(args, kwargs, torch.zeros(1), [])
+def fingerprint_of(*args: Any, **kwargs: Any) -> float:
+    return fingerprint((args, kwargs))
 
 
 def test_inputs_are_told_apart() -> None:
     """By values, order, number and place; numbers beside the tensors do not matter."""
     torch.manual_seed(0)
     x, y = torch.randn(7, 3), torch.randn(7, 3)
-    own = forward(x, 2, mask={"rows": y}).fingerprint()
-    assert own == forward(x.clone(), 3, mask={"rows": y.clone()}).fingerprint()
+    own = fingerprint_of(x, 2, mask={"rows": y})
+    assert own == fingerprint_of(x.clone(), 3, mask={"rows": y.clone()})
     others = [(x.flip(0), y), (x + 1e-3, y), (y, x), (x[:6], y), (x, y[:6])]
-    assert own not in {forward(a, 2, mask={"rows": b}).fingerprint() for a, b in others}
+    assert own not in {fingerprint_of(a, 2, mask={"rows": b}) for a, b in others}
     wide = torch.randn(5000, 100)
-    assert forward(wide).fingerprint() != forward(wide.flip(0)).fingerprint()
+    assert fingerprint_of(wide) != fingerprint_of(wide.flip(0))
+
+
+@pytest.mark.parametrize("data", [ENTRIES // 4, ENTRIES // 2, ENTRIES])
+def test_images_with_a_border_are_told_apart(data: int) -> None:
+    """Entries at regular distances lie in the same columns of each image, and these may be black."""
+    torch.manual_seed(0)
+    images = torch.nn.functional.pad(torch.rand(2, data, 1, 20, 20), (4, 4, 4, 4))
+    one, other = (fingerprint_of(batch) for batch in images)
+    assert 0 != one != other != 0
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
 def test_sparse_inputs_are_left_alone() -> None:
     x, adjacency = torch.randn(4, 3), torch.eye(4)
-    expected = forward(x).fingerprint()
+    expected = fingerprint_of(x)
     for sparse in (adjacency.to_sparse(), adjacency.to_sparse_csr(), adjacency.to(torch.complex64)):
-        assert forward(x, sparse).fingerprint() == expected
+        assert fingerprint_of(x, sparse) == expected
 
 
 def test_inputs_that_cannot_be_read_are_never_the_same() -> None:
-    unknown = forward(object(), torch.ones(3)).fingerprint()
+    unknown = fingerprint_of(object(), torch.ones(3))
     assert unknown != unknown
 
 

@@ -14,10 +14,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 import natgrad
 from kfac_cases import assert_same, values
 from kfac_cases import network as with_adamw
-from natgrad import local_model
+from natgrad import local_model, multiplier
 from natgrad.batch import Forward
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson
 from natgrad.multiplier import EVERY, LossMultiplier, at_least
+from natgrad.quadratic import HALVINGS
+from natgrad.undeclared import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("float64")
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -430,3 +432,31 @@ def test_a_step_is_doubted_where_the_loss_rises_at_its_end(
     cross_entropy(optimizer.preconditioner.model(random(6, 3)), torch.arange(6) % 2).backward()
     optimizer.step()
     assert doubts == [expected]
+
+
+@pytest.mark.parametrize("numeric", [True, False])
+def test_nothing_is_looked_for_where_nobody_asks(numeric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With numbers for rate and momentum what multiplies the loss makes no difference, and takes half of a step."""
+    looks = []
+    monkeypatch.setattr(multiplier, "at_least", lambda *given: looks.append(given) or (1.0, True))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = natgrad.KFAC(model, "cross_entropy", **({"lr": 0.1, "momentum": 0.9} if numeric else {}))
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(model(torch.randn(20, 4)), torch.randint(3, (20,))).backward()
+        optimizer.step()
+    assert bool(looks) is not numeric
+
+
+def test_steps_that_are_refused_tell_of_a_larger_loss_or_of_another() -> None:
+    """Catches terms that were not declared, once they are found, taken for a loss that is multiplied by millions."""
+    state: dict[str, Any] = {}
+    looked_at = Forward((), {}, torch.zeros(3, 1), [])
+    refused = LossMultiplier(state, lambda **_: pytest.fail("nobody asks"), looked_at, Gaussian(), 3.0)
+    refused.reject()
+    refused.reject()
+    assert refused.loss == 2.0 ** (2 * HALVINGS)
+    state["undeclared"] = torch.tensor([PATIENCE, 0.0, torch.nan])
+    refused.reject()
+    assert refused.loss == 1.0

@@ -1,5 +1,6 @@
 """How far to go where batches are mostly noise: against dense curvature, and on problems that are all noise or none."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -232,10 +233,11 @@ def test_a_loss_that_natgrad_does_not_know_is_told_of() -> None:
     assert len(warned) == 1
 
 
-def test_training_that_stands_still_is_told_of() -> None:
-    """Once."""
+@pytest.mark.parametrize("predicted", [-1.0 / 256, math.nan])
+def test_training_that_stands_still_is_told_of(predicted: float) -> None:
+    """Once; and also where nothing can be predicted."""
     refusals = rates.Refusals()
-    told = {"predicted_change": -1.0 / 256, "halvings": 8.0}
+    told = {"predicted_change": predicted, "halvings": 8.0}
     for _ in range(rates.REFUSED - 1):
         refusals.note(0.0, told)
     with pytest.warns(RuntimeWarning, match=r"5 steps in a row were not taken.*large penalty"):

@@ -4,7 +4,6 @@
 make A and G in units of the loss.
 """
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves
 
 from natgrad.calls import Call, Sample
 from natgrad.chance import Chance
 from natgrad.distributed import is_sharded
-from natgrad.factors import Factors, Statistics, join
+from natgrad.factors import Factors, Statistics, grown, join
 from natgrad.joint import side_by_side
 from natgrad.layers import Layer, at_least_float32
 from natgrad.likelihoods import Likelihood
@@ -30,8 +28,6 @@ from natgrad.losses import Loss, Weights
 from natgrad.outputs import Find, Origin
 
 Fisher = Literal["mc", "exact", "empirical", "forward"]
-# So many entries of each input tell one batch from another.
-LOOKED_AT = 4096
 
 
 @dataclass
@@ -172,21 +168,6 @@ class Forward:
             return float(self.weights.terms.sum())
         return likelihood.terms(self.output)
 
-    def fingerprint(self) -> float:
-        """A number that other inputs hardly have, nor these in another order; NaN if some are no tensors or numbers.
-
-        Sparse and complex ones are not read.
-        """
-        total = 0.0
-        for place, leaf in enumerate(tree_leaves((self.args, self.kwargs)), start=1):
-            if isinstance(leaf, Tensor):
-                if leaf.layout is torch.strided and not leaf.is_complex():
-                    some = leaf.detach().reshape(-1)[:: max(1, leaf.numel() // LOOKED_AT)].float()
-                    total += float((some * torch.arange(place, place + len(some), device=some.device).sin()).sum())
-            elif leaf is not None and not isinstance(leaf, int | float | str):
-                return math.nan
-        return total
-
     def is_outweighed(self, other: "Forward | None") -> bool:
         """Whether another pass, whose backward pass is done as well, tells more of the loss."""
         if other is None or other.gradient is None or self.gradient is None:
@@ -313,15 +294,28 @@ class Batch:
                 stacklevel=4,
             )
 
+    @property
+    def R(self) -> float:  # noqa: N802  # as in the formulas
+        """What the loss's reduction multiplies the sum of the criteria by."""
+        likelihood = self.loss.likelihood
+        return 1.0 / self.terms if likelihood is None else likelihood.scale(self.terms)
+
     def scale(self) -> float:
         """What turns sums of outer products into the curvature of the loss."""
-        likelihood = self.loss.likelihood
-        R = 1.0 / self.terms if likelihood is None else likelihood.scale(self.terms)
         # The user's gradients carry R once, and the empirical Fisher is R Σ ∇c ∇cᵀ.
-        return 1.0 / (R * self.multiplier**2) if self.fisher == "empirical" else R
+        return 1.0 / (self.R * self.multiplier**2) if self.fisher == "empirical" else self.R
+
+    def weigh(self, number: float) -> None:
+        """Multiply what gradients were gathered, squared, by a number."""
+        for tensor in (*(sums.G for sums in self.statistics.values()), *self.spectra.values()):
+            if tensor is not None:
+                tensor.mul_(number)
 
     def factors(self, layer: Layer) -> Factors | None:
-        """A and G of one layer, in units of the loss; None if no call was captured."""
+        """A and G of one layer, in units of the loss; None if no call was captured.
+
+        Of a tied one all its shapes, whichever of its uses were.
+        """
         joined: Factors | None = None
         for swapped in (False, True):
             statistics = self.statistics.get((layer.name, swapped))
@@ -329,7 +323,10 @@ class Batch:
                 A, G = statistics.factors(self.scale(), self._without_gradient(layer, swapped))
                 one = (G, A) if swapped else (A, G)
                 joined = one if joined is None else join(joined, one)
-        return joined
+        if joined is None:
+            return None
+        (out, width), (G_diagonal, A_diagonal) = layer.shape, layer.diagonal
+        return grown(joined[0], width, A_diagonal), grown(joined[1], out, G_diagonal)
 
     def add_squares(self, layer: Layer, total: Tensor, part: slice, weight: float) -> None:
         """Add the squared gradients of one use of the blocks ``part`` of a layer, counted ``weight`` times."""

@@ -188,7 +188,7 @@ def unobserved(model: nn.Module, by: Capture | None = None) -> Iterator[None]:
 
 def _pass(capture: Capture, model: nn.Module, batches: Iterable[Any]) -> Batch:
     """Send every batch through the model, and through the loss where that is needed; returns what was captured."""
-    needs_loss = capture.loss.module is not None or capture.fisher == "empirical"
+    needs_loss, total = capture.loss.module is not None or capture.fisher == "empirical", capture.take()
     with unobserved(model, by=capture):
         for x, y in batches:
             with torch.enable_grad():
@@ -198,4 +198,17 @@ def _pass(capture: Capture, model: nn.Module, batches: Iterable[Any]) -> Batch:
                     parameters = [p for p in model.parameters() if p.requires_grad]
                     torch.autograd.grad(value, parameters, allow_unused=True)  # the hooks fire, `.grad` stays as it is
             capture.step += 1
-    return capture.take()
+            batch = capture.take()  # one by one, as there are no gradients to tell that they belong together
+            _in_one_unit(batch, total)
+            batch.follow(total)
+            total = batch
+    return total
+
+
+def _in_one_unit(latest: Batch, total: Batch) -> None:
+    """Let the user's gradients of all batches carry the R of all data, and not each that of its own batch."""
+    if latest.fisher == "empirical" and latest.terms:
+        terms, own, before = latest.terms + total.terms, latest.R, total.R if total.terms else 1.0
+        of_all = latest.loss.likelihood.scale(terms) if latest.loss.likelihood is not None else 1 / terms
+        latest.weigh((of_all / own) ** 2)
+        total.weigh((of_all / before) ** 2)

@@ -125,14 +125,15 @@ def join(one: Factors, other: Factors) -> Factors:
 
 
 def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    if (one.shape[-1] == 1) != (other.shape[-1] == 1):
-        one, other = (F.squeeze(-1).diag_embed() if F.shape[-1] == 1 else F for F in (one, other))
-    size = max(one.shape[-2], other.shape[-2])
-    padded = []
-    for F in (one, other):
-        missing = size - F.shape[-2]
-        padded.append(torch.nn.functional.pad(F, (0, 0 if F.shape[-1] == 1 else missing, 0, missing)))
-    return padded[0], padded[1]
+    size, diagonal = max(one.shape[-2], other.shape[-2]), one.shape[-1] == other.shape[-1] == 1
+    return grown(one, size, diagonal), grown(other, size, diagonal)
+
+
+def grown(factor: Tensor, size: int, diagonal: bool) -> Tensor:
+    """A factor of ``size`` dimensions, dense unless ``diagonal``; what it lacks is zero."""
+    dense = factor.squeeze(-1).diag_embed() if factor.shape[-1] == 1 and not diagonal else factor
+    missing = size - dense.shape[-2]
+    return torch.nn.functional.pad(dense, (0, 0 if diagonal else missing, 0, missing)) if missing else dense
 
 
 def _trace(F: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from natgrad.batch import Forward
 from natgrad.distributed import Ranks
+from natgrad.fingerprint import fingerprint
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.local_model import LocalModel
@@ -210,7 +211,7 @@ class LossMultiplier:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
         if evaluate:
-            inputs = torch.tensor(self.ranks.mean([self.forward.fingerprint()]).tolist())
+            inputs = torch.tensor(self.ranks.mean([fingerprint((self.forward.args, self.forward.kwargs))]).tolist())
             seen = self.state.get("inputs")
             self.state["inputs"], self.is_repeated = inputs, seen is not None and torch.equal(seen, inputs)
 
@@ -319,10 +320,13 @@ class LossMultiplier:
         return -self.local.change({name: -s for name, s in step.items()})
 
     def reject(self) -> None:
-        """No step was short enough to lower the loss: if s was never seen to be right, it is too small."""
+        """No step was short enough to lower the loss: if s was never seen to be right, it is too small.
+
+        Or else the loss has terms that were not declared; where these are found, s is what it was.
+        """
         self.forget()
         if not self._is_trusted:
-            self._set(self.loss * 2.0**HALVINGS, self.scaler)
+            self._set(1.0 if self.undeclared.is_found else self.loss * 2.0**HALVINGS, self.scaler)
 
     def forget(self) -> None:
         """There is no previous step to look back at."""

@@ -100,7 +100,7 @@ class Refusals:
             return
         promised = -told["predicted_change"] * 2.0 ** told["halvings"]
         self.most = max(self.most, promised)
-        self.in_a_row = self.in_a_row + 1 if not alpha and promised > MEANT * self.most else 0
+        self.in_a_row = self.in_a_row + 1 if not (alpha or promised <= MEANT * self.most) else 0
         if self.in_a_row == REFUSED:
             warnings.warn(
                 f"natgrad: {REFUSED} steps in a row were not taken, as none lowers the loss that `loss` and `output` "
@@ -138,9 +138,9 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
     _look_back(multiplier, course, told, promised)
     multiplier.promise(course.times * slope, course.times**2 * bend)
     if not c.any() and told["halvings"]:
-        multiplier.reject()
         if course.looks:
             rest.refused(multiplier.of_all, directions, b)
+        multiplier.reject()
     else:
         rest.took(course.times * c)
     if given[0] is None:
