@@ -142,6 +142,17 @@ def parted() -> str:
     return str(raised.value)
 
 
+def starved() -> str:
+    """One rank has no data."""
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 2)))
+    optimizer = natgrad.KFAC(model, "mse")
+    x = torch.ones(0 if dist.get_rank() == 1 else 4, 3)
+    (model(x) - 1).square().sum().backward()
+    with pytest.raises(RuntimeError, match="ranks: every rank must send data") as raised:
+        optimizer.step()
+    return str(raised.value)
+
+
 def poisoned() -> tuple[int, bool]:
     """One rank's NaN makes all of them skip the step."""
     model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 2)))
@@ -156,7 +167,8 @@ def poisoned() -> tuple[int, bool]:
 
 def all_of_it() -> dict[str, Any]:
     told: dict[str, Any] = {name: spread(inverses) for name, inverses in INVERSES.items()}
-    return {**told, "draws": draws(), "parted": parted(), "poisoned": poisoned(), "ekfac": spread_ekfac()}
+    refused = {"parted": parted(), "starved": starved(), "poisoned": poisoned()}
+    return {**told, **refused, "draws": draws(), "ekfac": spread_ekfac()}
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +203,12 @@ def test_every_rank_draws_for_itself_and_no_more_than_its_share(told: list[dict[
 def test_ranks_that_use_other_layers_are_told_so_everywhere(told: list[dict[str, Any]]) -> None:
     assert {rank["parted"] for rank in told} == {told[0]["parted"]}
     assert re.match(r"data of layer 'ways.0' came on 2 of 4 ranks", told[0]["parted"])
+
+
+def test_a_rank_without_data_is_told_of_everywhere(told: list[dict[str, Any]]) -> None:
+    """Catches an error on that rank alone, and others that wait for it."""
+    assert {rank["starved"] for rank in told} == {told[0]["starved"]}
+    assert told[0]["starved"].startswith("a backward pass of data came on 3 of 4 ranks")
 
 
 def test_a_bad_batch_on_one_rank_is_skipped_by_all(told: list[dict[str, Any]]) -> None:

@@ -221,6 +221,24 @@ def test_inputs_of_half_precision_may_rely_on_autocast(dtype: torch.dtype) -> No
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_step_under_autocast_is_that_without(whole: bool) -> None:
+    """Catches inverses multiplied, and the model run once more, in half precision."""
+    moved = []
+    for step in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        x, y = torch.randn(300, 6), torch.randint(3, (300,))
+        optimizer = natgrad.KFAC(model, "cross_entropy") if whole else natgrad.Preconditioner(model, "cross_entropy")
+        for _ in range(3):
+            model.zero_grad()
+            cross_entropy(model(x), y).backward()
+            with step:
+                optimizer.step()
+        moved.append(torch.cat([(p if whole else p.grad).detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*moved)
+
+
 def test_inputs_of_half_precision_stay_where_parameters_are_of_both() -> None:
     """A scale in single precision before layers in half; catches inputs that are as wide as the first parameter."""
 

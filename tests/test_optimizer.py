@@ -304,3 +304,24 @@ def test_numbers_need_no_evaluation_and_tell_of_none(monkeypatch: pytest.MonkeyP
     optimizer = natgrad.KFAC(network(), "mse", **NUMERIC)
     train(optimizer, 0, 1)
     assert not {"predicted_change", "actual_change", "halvings"} & optimizer.diagnostics().keys()
+
+
+@pytest.mark.parametrize("mode", [{}, {"lr": 0.05, "momentum": 0.9}])
+def test_what_has_no_gradient_stays(mode: dict[str, Any]) -> None:
+    """As weights do that a hook masks; catches them filled from the others by the inverse factors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    mask = torch.rand(8, 6) < 0.5
+    model[0].weight.register_hook(lambda g: g * mask)
+    before = model[0].weight.detach().clone()
+    x = torch.randn(200, 6)
+    y = x[:, :3].argmax(1)
+    optimizer = natgrad.KFAC(model, "cross_entropy", **mode)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(model[0].weight[~mask], before[~mask])
+    assert not torch.equal(model[0].weight[mask], before[mask])
+    assert loss < 0.5

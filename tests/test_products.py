@@ -95,12 +95,12 @@ def test_moments_of_wide_rows_are_products() -> None:
     assert {told for told, _ in precisions.seen} == {"bf16"}
 
 
-def rounded_in_steps(averages: bool, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+def rounded_in_steps(averages: bool, monkeypatch: pytest.MonkeyPatch, **options: Any) -> set[str]:
     """How torch was told to multiply large matrices in natgrad's part of the second of two steps of a wide network."""
     monkeypatch.setattr(Trust, "averages", averages)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, SIDE), nn.Tanh(), nn.Linear(SIDE, SIDE), nn.Tanh(), nn.Linear(SIDE, 10))
-    optimizer = natgrad.KFAC(model, loss="cross_entropy")
+    optimizer = natgrad.KFAC(model, loss="cross_entropy", **options)
     x, y = torch.randn(2 * SIDE, 20), torch.randint(10, (2 * SIDE,))
     for _ in range(2):
         optimizer.zero_grad()
@@ -117,3 +117,4 @@ def test_steps_round_where_gradients_are_averaged_and_only_there(monkeypatch: py
     """Light damping bears no rounding: the quarter-width autoencoder was at 32.7 after 25 steps in place of 4.4."""
     assert rounded_in_steps(False, monkeypatch) == {"none"}
     assert rounded_in_steps(True, monkeypatch) >= {"bf16"}
+    assert rounded_in_steps(True, monkeypatch, damping=1e-3) == {"none"}

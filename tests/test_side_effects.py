@@ -1,6 +1,7 @@
 """What natgrad leaves alone: modules and functions of torch and of the user, and other optimizers' statistics."""
 
 import copy
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,37 @@ def test_steps_leave_no_trace_in_modules(data: tuple[Tensor, Tensor]) -> None:
         assert model.hidden is hidden
         assert not model.named
         assert sum(name.startswith("hidden_") for name in vars(model)) == step + 1
+
+
+class Counting(nn.Module):
+    """Keeps what passes through it in containers of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.kept = [[], {}, set(), deque(), OrderedDict(), defaultdict(int)]
+        self.list, self.dict, self.set, self.deque, self.ordered, self.default = self.kept
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for one in (self.list, self.deque):
+            one.append(self.calls)
+        for one in (self.dict, self.ordered, self.default):
+            one[len(one)] = self.calls
+        self.set.add(len(self.set))
+        return self.linear(x)
+
+
+def test_containers_of_all_kinds_are_left_alone(data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    model = Counting()
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    for step in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert [len(one) for one in model.kept] == [step + 1] * 6
 
 
 def test_hooks_that_take_features_get_those_of_all_data(data: tuple[Tensor, Tensor]) -> None:

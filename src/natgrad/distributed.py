@@ -218,7 +218,7 @@ class Ranks:
 
     def mean(self, values: Tensor | Sequence[float]) -> Tensor:
         """Over the data of all ranks, of means over the data of each; float64 on the CPU."""
-        return self.world.sum(self.part * torch.as_tensor(values).cpu().double(), self.like)
+        return self.world.sum(self.part * torch.as_tensor(values, dtype=torch.float64, device="cpu"), self.like)
 
     def all(self, flag: bool) -> bool:
         """Whether it is true on every rank."""

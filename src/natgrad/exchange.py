@@ -53,7 +53,7 @@ def share_batch(batch: Batch, layers: Sequence[Layer], world: World) -> None:
 def _came(batch: Batch, layers: Sequence[Layer]) -> dict[str, bool]:
     """What a rank has seen, in an order that all share."""
     forward = batch.latest
-    came = {"a backward pass": forward is not None and forward.gradient is not None}
+    came = {"a backward pass of data": forward is not None and forward.gradient is not None and forward.data > 0}
     for layer in layers:
         for swapped, use in ((False, ""), (True, " as a tied one")):
             sums = batch.statistics.get((layer.name, swapped))

@@ -91,6 +91,10 @@ class Metric:
             missing = [layer for layer in self.layers if "A" in states[layer.name] and layer.name not in inverted]
             self._refresh(missing, states, step)
 
+    def rounds(self, averages: bool) -> bool:
+        """Whether damping is as heavy as rounded products want it; of a given one nobody knows."""
+        return averages and self.rule is dampings.automatic
+
     def due(self, step: int) -> set[str]:
         """Whose inverse it is time to refresh."""
         return schedule.turn(step, self.period, self._costs)
@@ -118,7 +122,7 @@ class Metric:
                 self._refresh(started, states, step)
                 self._measure(batch, states, matrix, anew=True)
         else:
-            with rounding(averages):
+            with rounding(self.rounds(averages)):
                 self._measure(batch, states, matrix, anew=False)
         stale = missing | (self.moved & self.due(step))
         refreshed = [layer for layer in started if layer.name in stale]
@@ -137,7 +141,7 @@ class Metric:
         """
         solutions: dict[str, Tensor] = {}
         shares = noise.known(states.values()) if averaged else []
-        with rounding(averaged):
+        with rounding(self.rounds(averaged)):
             for layer in self.layers:
                 V = matrix(layer)
                 if V is not None:
@@ -147,13 +151,16 @@ class Metric:
         return solutions
 
     def _solve(self, state: dict[str, Any], V: Tensor, shares: list[Tensor]) -> Tensor:
-        """The natural gradient of one layer; evened out, if it is of averages whose shares of noise are known."""
+        """The natural gradient of one layer; evened out, if it is of averages whose shares of noise are known.
+
+        What has no gradient at all, as where the loop masks it, stays where it is: that changes no slope.
+        """
         natural = self.inverse.solve(state, V)
         is_product = "spectrum" not in self.inverse.names
-        if not (shares and is_product and polar.pays(float(state.get("rows", 0)), V)):
-            return natural
-        share = noise.mean([state["noise"]] if "noise" in state else shares)
-        return polar.orthogonalize(V, natural, noise_left(share))
+        if shares and is_product and polar.pays(float(state.get("rows", 0)), V):
+            share = noise.mean([state["noise"]] if "noise" in state else shares)
+            natural = polar.orthogonalize(V, natural, noise_left(share))
+        return natural.masked_fill_(V.logical_not(), 0.0)
 
     def _agree(self, states: States) -> set[str]:
         """Who have an inverse on every rank that holds it."""

@@ -24,6 +24,7 @@ from typing_extensions import Unpack
 from natgrad import diagnostics
 from natgrad import state as states
 from natgrad.averaging import Averages
+from natgrad.batch import full_precision
 from natgrad.clipping import clip_scale, dot
 from natgrad.distributed import Distributed, like, whole
 from natgrad.groups import relative_rates, split
@@ -181,7 +182,7 @@ class KFAC(torch.optim.Optimizer):
         self._tell_of_untrained()
         if not self.preconditioner.steps:
             self.state.update({p: states.known(kept) for p, kept in self.state.items()})
-        with self.preconditioner.capture.aside():
+        with self.preconditioner.capture.aside(), full_precision(self.preconditioner.device):
             is_taken = self.preconditioner.update(self._stands if self._evaluates else None)
             if is_taken:
                 self._step_layers()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from natgrad import damping as dampings
 from natgrad import diagnostics, exchange, noise, schedule
 from natgrad import state as states
-from natgrad.batch import Batch, Fisher, all_finite
+from natgrad.batch import Batch, Fisher, all_finite, full_precision
 from natgrad.capture import Capture
 from natgrad.clipping import Gradient, clip_scale
 from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, reshard, whole
@@ -114,6 +114,7 @@ class Preconditioner:
         self.world = World.of(model)
         self.model = unwrap(called)
         self.layers = partition(self.model).require_layers()
+        self.device = self.layers[0].parameters[0].device.type
         self.fisher, self.kl_clip, self.factor_decay = fisher, kl_clip, factor_decay
         # Between updates of the inverses, EKFAC's eigenvalues follow every batch.
         moving = curvature_period == "auto" and inverse == "ekfac"
@@ -194,18 +195,17 @@ class Preconditioner:
         Raises:
             RuntimeError: when there is no gradient, or a layer has one and was never seen running.
         """
-        if not self.update():
-            for parameter in self.model.parameters():
-                parameter.grad = None
-            self.release()
-            return False
-        natural = self.directions()
-        scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.gradient, self.kl_clip)
+        with full_precision(self.device):
+            is_taken = self.update()
+            natural = self.directions() if is_taken else {}
+            scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.gradient, self.kl_clip)
+        for parameter in () if is_taken else self.model.parameters():
+            parameter.grad = None
         for parameter, direction in natural.items():
             assert parameter.grad is not None
             parameter.grad.copy_(like(direction.mul_(scale), parameter))
         self.release()
-        return True
+        return is_taken
 
     @torch.no_grad()
     def update(self, stands: Callable[[LossMultiplier, bool], bool] | None = None) -> bool:
@@ -234,7 +234,7 @@ class Preconditioner:
         self._whole = {p: whole(p.grad) for p in parameters if is_sharded(p.grad)}
         gradients = [g for p in parameters if (g := self.gradient(p)) is not None]
         finite = all_finite([*gradients, *batch.tensors()])
-        self.multiplier = self._multiplier(batch)
+        self.multiplier = self._multiplier(batch, stands is not None)
         if self.multiplier is not None:
             if finite:  # first, as a scaler that has doubled would make the previous step look wrong
                 own = {n: g for n, p in named.items() if (g := self.gradient(p)) is not None}
@@ -272,7 +272,7 @@ class Preconditioner:
     def _look_out(self) -> None:
         """Settle what the next batch is to tell."""
         self.capture.step, self.capture.whole = self.steps, schedule.starts(self.steps, self.curvature_period)
-        self.capture.rounds = self.may_average and Trust(self._state(self.layers[0])).averages
+        self.capture.rounds = self.metric.rounds(self.may_average and Trust(self._state(self.layers[0])).averages)
         known = {layer: self._state(layer).get("rows", torch.inf) for layer in self.layers}
         shares = {layer.name: share_known(rows, layer.dense_dimension) for layer, rows in known.items()}
         self.capture.due = schedule.due(self.steps, self.curvature_period, shares)
@@ -375,9 +375,9 @@ class Preconditioner:
     def _state(self, layer: Layer) -> dict[str, Any]:
         return self.state[layer.parameters[0]]
 
-    def _multiplier(self, batch: Batch) -> LossMultiplier | None:
-        """For what a batch tells about the number that multiplies the loss; None without a loss or a backward pass."""
-        forward = batch.latest
+    def _multiplier(self, batch: Batch, evaluates: bool = True) -> LossMultiplier | None:
+        """For what a batch tells of the number that multiplies the loss; None without a loss, backward pass or use."""
+        forward = batch.latest if evaluates or self.fisher == "empirical" or self.capture.sampling else None
         if forward is None or forward.gradient is None or not forward.data or forward.likelihood is None:
             return None
         likelihood = forward.likelihood

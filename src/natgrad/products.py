@@ -2,12 +2,13 @@
 
 Tensor cores, and the tile units of some processors, multiply matrices several times faster if these are rounded first,
 to the 11 digits of TensorFloat-32 or the 8 of bfloat16, while sums stay float32. That is enough where gradients are
-averaged over batches: there the damping of A is never below a third of its mean eigenvalue, and second moments, lengths
-and natural gradients stay far nearer to the exact ones than two batches are to each other. With lighter damping it is
-not: rounding along the few large eigenvalues of A, such as that of the mean input, would bury what the small ones hold.
-No pass of the model is rounded.
+averaged over batches and damping is automatic: there that of A is never below a third of its mean eigenvalue, and
+second moments, lengths and natural gradients stay far nearer to the exact ones than two batches are to each other. With
+lighter damping it is not: rounding along the few large eigenvalues of A, such as that of the mean input, would bury
+what the small ones hold. No pass of the model is rounded.
 
-That is for torch to know, and as soon as anybody has told it how to multiply float32 matrices, it stays as it is.
+That is for torch to know, and as soon as anybody has told it how to multiply float32 matrices, it stays as it is. Torch
+knows it for the whole process: what other threads multiply in float32 while natgrad does is rounded, too.
 """
 
 from collections.abc import Iterator

@@ -6,6 +6,7 @@ same as through the user's, and to much less work: the gradient of a datum does 
 meet in batch statistics, and not on chance, unless there is dropout. Whether it does is seen at the outputs.
 """
 
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -32,6 +33,7 @@ REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 # Attributes that torch gives every module.
 _BOOKKEEPING = vars(nn.Module()).keys()
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional ones, and those by keyword."""
@@ -85,11 +87,12 @@ def places(model: nn.Module) -> dict[str, list[str]]:
 def attributes_left_alone(model: nn.Module) -> Iterator[None]:
     """What modules note in their attributes in here, such as a penalty for the loop to add, is not there afterwards.
 
-    Lists, dictionaries and sets get back what was in them, too.
+    Lists, dictionaries, sets and queues get back what was in them, too; not so tensors that are no buffers, and what is
+    further inside.
     """
     noted = [(vars(module), vars(module).keys() - _BOOKKEEPING) for module in model.modules()]
     before = [{name: attributes[name] for name in names} for attributes, names in noted]
-    contents = [(value, value.copy()) for kept in before for value in kept.values() if type(value) in (list, dict, set)]
+    contents = [(value, value.copy()) for kept in before for value in kept.values() if type(value) in _CONTAINERS]
     try:
         yield
     finally:
@@ -99,7 +102,7 @@ def attributes_left_alone(model: nn.Module) -> Iterator[None]:
             attributes.update(kept)
         for value, content in contents:
             value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            value.extend(content) if isinstance(value, list | deque) else value.update(content)
 
 
 def subsample(forward: Forward, chosen: Tensor) -> Arguments | None:
