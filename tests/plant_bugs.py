@@ -324,6 +324,9 @@ BUGS = {
     "a multiplier that nobody asks for": Bug("preconditioner.py", 'batch.latest if evaluates or self.fisher == "empirical" or self.capture.sampling else None', "batch.latest", MULTIPLIER),
     "the target that the model expects in the place of the data's": Bug("local_model.py", "return self.likelihood.remainder(before, after, gradient)", "return self.likelihood.divergence(before, after)", CHANGE),
     "the multiplied loss's gradient taken for the criterion's": Bug("local_model.py", "(self.multiplier * self.scaler * self.likelihood", "(self.scaler * self.likelihood", CHANGE),
+    "A of as few data as G": Bug("factors.py", "return INPUT_SHARE if rows == data else 0.0", "return 0.0", "test_capture.py"),
+    "A of half of all positions": Bug("factors.py", "return INPUT_SHARE if rows == data else 0.0", "return INPUT_SHARE", "test_capture.py"),
+    "G scaled up as A is": Bug("calls.py", "return self.more, self.upscale * len(self.x) / len(self.more)", "self.upscale *= len(self.x) / len(self.more); return self.more, self.upscale", "test_capture.py"),
     "half a record left": Bug("experiments/runfolder.py", "                file.truncate(length)\n", "", "experiments/test_runfolder_faults.py"),
 }  # fmt: skip
 

@@ -294,13 +294,37 @@ def test_a_fraction_is_drawn_anew_at_every_step() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("n", "expected"), [(5, 5), (6, 6), (7, 6), (11, 6), (24, 6), (48, 12)])
-def test_auto_keeps_a_row_for_each_dimension(n: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The larger factor, of size 6, wants 6 rows; of many data it gets a quarter."""
+@pytest.mark.parametrize(
+    ("n", "inputs", "gradients"),
+    [(5, 5, 5), (6, 6, 6), (7, 6, 6), (11, 6, 6), (16, 8, 6), (24, 12, 6), (48, 24, 12), (49, 24, 13)],
+)
+def test_auto_keeps_a_row_for_each_dimension(
+    n: int, inputs: int, gradients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The larger factor, of size 6, wants 6 rows; of many data G gets a quarter, and A a half, the quarter among it."""
     monkeypatch.setattr(factors, "MIN_ROWS", 1)
     preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
+    seen: list[int] = []
+    columns = preconditioner.loss.likelihood.sample
+    monkeypatch.setattr(
+        preconditioner.loss.likelihood, "sample", lambda f, generator: seen.append(len(f)) or columns(f, generator)
+    )
     preconditioner.model(torch.randn(n, 5))
-    assert statistics(preconditioner)["0"].rows == expected
+    sums = statistics(preconditioner)["0"]
+    assert (sums.rows, seen) == (inputs, [gradients if 4 * gradients <= n else n])
+    assert sums.of == pytest.approx(n)
+    assert float(sums.weight) == pytest.approx(n)
+
+
+def test_inputs_of_a_half_and_gradients_of_a_quarter_are_of_all_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of identical data they give what all of them give: A is a mean, and G is scaled up by its own share."""
+    monkeypatch.setattr(factors, "MIN_ROWS", 1)
+    model, x = network(), torch.randn(1, 3)
+    data = x.expand(40, 3), torch.randn(1, 2).expand(40, 2)
+    whole, some = (
+        product_blocks(model, Constant(), mse_loss, data, batch_fraction=fraction) for fraction in (1.0, "auto")
+    )
+    assert_blocks(some, whole, 1e-12)
 
 
 def test_auto_counts_positions_and_keeps_a_least_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,13 +26,14 @@ class Call:
     Attributes:
         layer: Whose methods make the rows.
         owner: The layer that they count for.
-        x: What the layer remembered of the input, restricted to the data that enter the factors.
+        x: What the layer remembered of the input, restricted to the data that enter both factors.
         edge: Where the gradient of the output arrives.
-        data: Which data enter the factors.
-        upscale: All data over those that enter.
+        data: Which data enter both factors.
+        upscale: All data over those that do.
         blocks: Which blocks of the layer took part.
         use: The calls whose rows are positions of the same rows, this one among them.
         g: The gradient of the output, while the others' are still to come.
+        more: The input, restricted to the data that enter A, of which those of ``x`` are the first, if there are more.
     """
 
     layer: Layer
@@ -44,6 +45,14 @@ class Call:
     blocks: slice
     use: "list[Call]" = field(default_factory=list)
     g: Tensor | None = None
+    more: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, float]:
+        """What enters A, and all data over those that do."""
+        if self.more is None:
+            return self.x, self.upscale
+        return self.more, self.upscale * len(self.x) / len(self.more)
 
     @property
     def rows(self) -> int:

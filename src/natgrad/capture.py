@@ -28,7 +28,7 @@ from natgrad.batch import Batch, Fisher, Forward, full_precision, shuffled
 from natgrad.calls import Call, alike, group, positions
 from natgrad.chance import Chance
 from natgrad.distributed import World
-from natgrad.factors import share_needed
+from natgrad.factors import share_needed, share_of_inputs
 from natgrad.joint import differing_lengths
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, is_transformed, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
@@ -200,8 +200,10 @@ class Capture:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
         if self._calls is None or not (z.requires_grad and z.numel()) or layer.owner.name not in self.due:
             return
-        data, upscale = self._choose(layer, z)
+        data, upscale, more = self._choose(layer, z)
         call = Call(layer, layer.owner, x[data], get_gradient_edge(z), data, upscale, blocks)
+        if more is not None:
+            call.more = x[more]
         self._note(call, z)
         if source is not None and self.fisher != "forward":
             self._own_derivatives.follow(call, source, z)
@@ -275,10 +277,10 @@ class Capture:
         if (part := self._part(forward)).uses:
             # The user's autocast would round the products of rows to half precision.
             with torch.no_grad(), full_precision(forward.output.device.type), rounding(self.rounds):
-                for pairs in (pairs for use in part.uses for pairs in alike([(call, call.x) for call in use])):
+                for pairs in (p for use in forward.uses for p in alike([(call, call.inputs[0]) for call in use])):
                     first, rows = pairs[0][0], torch.cat([call.layer.inputs(x) for call, x in pairs], dim=-2)
                     moment = first.layer.input_moment(rows, self.sharing[first.owner.name])
-                    self.batch.sums(first).add_inputs(moment, first.blocks, first.upscale)
+                    self.batch.sums(first).add_inputs(moment, first.blocks, first.inputs[1])
                 if self.fisher in ("mc", "exact"):
                     self._backpropagate(part)
             if self.sampling and self.whole:
@@ -372,20 +374,21 @@ class Capture:
             total = first.layer.squared_gradients(x, g, bases)
             self.batch.add_squares(first.owner, total, first.blocks, weight * first.upscale)
 
-    def _choose(self, layer: Layer, z: Tensor) -> tuple[slice | Tensor, float]:
-        """Some data of the batch, drawn anew at each forward; and all data over these."""
-        n = z.shape[layer.data_dim]
+    def _choose(self, layer: Layer, z: Tensor) -> tuple[slice | Tensor, float, Tensor | None]:
+        """Some data, drawn anew at each forward; all data over these; and the data that enter A, if they are more."""
+        n, most = z.shape[layer.data_dim], 0.0
         if z.ndim < 2 or n == 0 or not self.attached:
-            return slice(None), 1.0
+            return slice(None), 1.0, None
         if self.batch_fraction == "auto":
             rows, data = z.numel() // layer.channels * self.world.size, n * self.world.size
-            share = share_needed(rows, data, max(layer.shape))
+            share, most = share_needed(rows, data, max(layer.shape)), share_of_inputs(rows, data)
             kept = math.ceil(share * n - 1e-6)  # one row too few would be averaged over steps
         else:
             kept = max(1, round(self.batch_fraction * n))
         if kept >= n:
-            return slice(None), 1.0
-        return shuffled(n, self._forward_seed)[:kept].to(z.device), n / kept
+            return slice(None), 1.0, None
+        order = shuffled(n, self._forward_seed).to(z.device)
+        return order[:kept], n / kept, order[: int(most * n)] if most * n > kept else None
 
     def _draw(self) -> int:
         """The seed of this forward's draws, different for every step, micro-batch and rank."""

@@ -28,6 +28,8 @@ AVERAGED_DECAY = 0.8
 # With `batch_fraction="auto"`, no fewer rows than these enter a factor, nor than this share of the data; more
 # cost time, and those of a whole batch even some generalization (`docs/decisions.md`).
 MIN_ROWS, MIN_SHARE = 512, 1 / 4
+# Of the inputs of layers that see no positions more enter A, as these take no backward pass.
+INPUT_SHARE = 1 / 2
 
 Factors = tuple[Tensor, Tensor]
 """(A, G)."""
@@ -170,6 +172,11 @@ def share_needed(rows: int, data: int, dimension: int) -> float:
         dimension: Of the larger factor.
     """
     return max(MIN_ROWS, MIN_SHARE * data, ROWS_PER_DIMENSION * dimension) / max(rows, 1)
+
+
+def share_of_inputs(rows: int, data: int) -> float:
+    """Which part of a batch of so many rows and data enters A, if no more is needed."""
+    return INPUT_SHARE if rows == data else 0.0
 
 
 def flush(average: Tensor) -> None:

@@ -64,8 +64,8 @@ class Preconditioner:
         curvature_period: Steps between updates of the factors. ``"auto"``: 1 at first, then an eighth of the steps
             taken, at most 16, or down to 2 for a layer with fewer rows; always 1 with ``inverse="ekfac"``.
         inverse_period: Steps between updates of the inverses. ``"auto"``: the same, in the end one layer after another.
-        batch_fraction: Share of the data whose rows enter the factors; ``"auto"`` takes all of a small batch and, of a
-            large one a row for each dimension, but no fewer than 512 or a quarter of the data, others at each step.
+        batch_fraction: Share of the data whose rows enter the factors; ``"auto"``: all of a small batch; of a large one
+            a row for each dimension, at least 512 or a quarter of the data, half for A where there are no positions.
         sharing: ``"expand"`` or ``"reduce"``, for all layers or by layer name.
         output: From the model's return value to the tensor that the loss sees.
         seed: Of the samples for ``"mc"``.
