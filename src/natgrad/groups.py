@@ -39,7 +39,8 @@ def split(group: Mapping[str, Any], parts: Partition, names: Mapping[nn.Paramete
     chosen = _parameters(group["params"], names)
     in_layer = {p for layer in parts.layers for p in layer.parameters}
     fallback = [p for p in chosen if group.get("fallback") or p not in in_layer]
-    layers = [p for p in chosen if p not in set(fallback)]
+    left = set(fallback)
+    layers = [p for p in chosen if p not in left]
     both = bool(layers and fallback)
     groups: list[Group] = []
     if layers:
