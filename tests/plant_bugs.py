@@ -327,6 +327,7 @@ BUGS = {
     "A of as few data as G": Bug("factors.py", "return INPUT_SHARE if rows == data else 0.0", "return 0.0", "test_capture.py"),
     "A of half of all positions": Bug("factors.py", "return INPUT_SHARE if rows == data else 0.0", "return INPUT_SHARE", "test_capture.py"),
     "G scaled up as A is": Bug("calls.py", "return self.more, self.upscale * len(self.x) / len(self.more)", "self.upscale *= len(self.x) / len(self.more); return self.more, self.upscale", "test_capture.py"),
+    "few data given up for draws": Bug("rerun.py", "    if forward.chance is not None:  # fewer data", "    if False:  # fewer data", "test_rerun.py"),
     "half a record left": Bug("experiments/runfolder.py", "                file.truncate(length)\n", "", "experiments/test_runfolder_faults.py"),
 }  # fmt: skip
 

@@ -179,6 +179,8 @@ def few(forward: Forward, independent: bool) -> Tensor | None:
     drawn = [call.data for call in own if isinstance(call.data, Tensor)]
     if not drawn or forward.lengths or len(drawn) < len(own) or not (independent or len(own) == len(calls)):
         return None
+    if forward.chance is not None:  # fewer data draw other numbers
+        return None
     if forward.seen is not None and forward.seen is not forward.output:
         return None
     largest = max(drawn, key=len)

@@ -112,8 +112,8 @@ class Undeclared:
             warnings.warn(
                 "natgrad: the loop's loss has terms that `loss` and `output` do not tell of, which makes steps slower. "
                 "Declare a sum over several outputs by a dictionary of losses by the keys of the outputs, and use "
-                "`weight_decay` in place of a squared penalty. Where there are none, the loop forgets `zero_grad()`, or "
-                "edits gradients, for which rates have to be given: `lr=0.1, momentum=0.9, kl_clip=1e-3`.",
+                "`weight_decay` in place of a squared penalty. Where there are none, the loop forgets `zero_grad()` "
+                "or edits gradients, and rates have to be given: `lr=0.1, momentum=0.9, kl_clip=1e-3`.",
                 RuntimeWarning,
                 stacklevel=2,
             )
