@@ -203,7 +203,7 @@ class Capture:
         data, upscale, more = self._choose(layer, z)
         call = Call(layer, layer.owner, x[data], get_gradient_edge(z), data, upscale, blocks)
         if more is not None:
-            call.more = x[more]
+            call.more, call.x = (inputs := x[more]), inputs[: len(call.x)]  # which shares its memory
         self._note(call, z)
         if source is not None and self.fisher != "forward":
             self._own_derivatives.follow(call, source, z)
