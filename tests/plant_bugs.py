@@ -304,7 +304,7 @@ BUGS = {
     "padding inverted with the factor": Bug("inverses.py", "_invert_carefully(padded[..., :d, :d].double()", "_invert_carefully(padded.double()", "test_inverses.py"),
     "entries multiplied as they lie in memory": Bug("clipping.py", "torch.dot(one.flatten(), other.flatten())", "torch.dot(one.flatten(), other.mT.flatten())", "test_clipping.py"),
     "batches by a loss module thrown away": Bug("curvature.py", "            batch.follow(total)\n", "", "test_curvature.py"),
-    "gradients of each batch in units of its own": Bug("curvature.py", "        latest.weigh((of_all / own) ** 2)\n", "", "test_curvature.py"),
+    "gradients of each batch in units of its own": Bug("curvature.py", "                batch.weigh(batch.R**-2)", "                pass", "test_curvature.py"),
     "borders of images for fingerprints": Bug("fingerprint.py", "chosen = torch.randint(size, (ENTRIES,), generator=torch.Generator().manual_seed(0)).sort().values.to(device)", "chosen = torch.arange(0, size, size // ENTRIES)[:ENTRIES]", "test_look_back.py"),
     "inputs alike in any order": Bug("fingerprint.py", "total += place * float", "total += float", "test_look_back.py"),
     "soft targets of two classes taken for weights": Bug("likelihoods.py", "if not all(_are_alike(weights[label[clear] == k]) for k in (0, 1)):", "if False:", "test_likelihoods.py"),

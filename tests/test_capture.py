@@ -305,9 +305,9 @@ def test_auto_keeps_a_row_for_each_dimension(
     monkeypatch.setattr(factors, "MIN_ROWS", 1)
     preconditioner = natgrad.Preconditioner(network(5, 2), "mse", batch_fraction="auto")
     seen: list[int] = []
-    columns = preconditioner.loss.likelihood.sample
+    sample = preconditioner.loss.likelihood.sample
     monkeypatch.setattr(
-        preconditioner.loss.likelihood, "sample", lambda f, generator: seen.append(len(f)) or columns(f, generator)
+        preconditioner.loss.likelihood, "sample", lambda f, generator: seen.append(len(f)) or sample(f, generator)
     )
     preconditioner.model(torch.randn(n, 5))
     sums = statistics(preconditioner)["0"]

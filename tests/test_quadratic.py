@@ -367,6 +367,23 @@ def test_model_is_the_loss_of_a_linear_network(reduce: Callable[[Tensor, Tensor]
         assert torch.allclose(reduce(model(x), y) - loss, change)
 
 
+def after_four_steps(model: nn.Module, x: Tensor, y: Tensor) -> natgrad.KFAC:
+    """On the same batch."""
+    optimizer = natgrad.KFAC(model, "mse")
+    for _ in range(4):
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def local_model_of(optimizer: natgrad.KFAC) -> LocalModel:
+    """Of the pass whose backward pass is over."""
+    multiplier = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch)
+    assert multiplier is not None
+    return multiplier.local
+
+
 class Restless(nn.Module):
     """Not the same function twice."""
 
@@ -388,19 +405,15 @@ def test_the_loops_own_pass_is_taken_for_natgrads_where_it_is_repeated(
     """Seen at the first steps; catches outputs of another state, or of another mode, taken for those here."""
     torch.manual_seed(0)
     model, x, y = build(), torch.randn(20, 3), torch.randn(20, 2)
-    optimizer = natgrad.KFAC(model, "mse")
-    for _ in range(4):
-        optimizer.zero_grad()
-        mse_loss(model(x), y).backward()
-        optimizer.step()
+    optimizer = after_four_steps(model, x, y)
     state = optimizer.state[next(iter(model.parameters()))]
     assert bool(state["repeats"]) is repeats
     mse_loss(output := model(x), y).backward()
     with torch.no_grad():
         model.eval()
-        assert optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch).local._known() is None
+        assert local_model_of(optimizer)._known() is None
         model.train()
-        known = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch).local._known()
+        known = local_model_of(optimizer)._known()
     assert (known is not None) is repeats
     assert known is None or torch.equal(known[-1], output)
 
@@ -417,18 +430,14 @@ def test_the_loops_own_pass_is_taken_for_that_of_some_data_where_it_is_the_same(
     """Then no pass is made to begin with; catches outputs of other data, and of data that depend on each other."""
     torch.manual_seed(0)
     model, x, y = build(), torch.randn(300, 3), torch.randn(300, 2)
-    optimizer = natgrad.KFAC(model, "mse")
-    for _ in range(4):
-        optimizer.zero_grad()
-        mse_loss(model(x), y).backward()
-        optimizer.step()
+    optimizer = after_four_steps(model, x, y)
     state = optimizer.state[next(iter(model.parameters()))]
     assert bool(state["parts"]) is repeats
     mse_loss(output := model(x), y).backward()
     passes, run = [], LocalModel._run
     monkeypatch.setattr(LocalModel, "_run", lambda local, p: passes.append(p) or run(local, p))
     with torch.no_grad():
-        local = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch).local
+        local = local_model_of(optimizer)
         assert len(passes) == (not repeats)
         assert local.size < 300
         assert (relative_error(local._known()[-1], output[local.chosen]) == 0) is repeats
@@ -469,13 +478,9 @@ def test_that_a_network_differentiates_itself_is_seen_at_every_step() -> None:
     """By a pass at the start, before it is settled how far differences look; catches one that is left out."""
     torch.manual_seed(0)
     model, x = Differentiated(), torch.randn(30, 1)
-    optimizer = natgrad.KFAC(model, "mse")
-    for _ in range(4):
-        optimizer.zero_grad()
-        mse_loss(model(x), x.cos()).backward()
-        optimizer.step()
+    optimizer = after_four_steps(model, x, x.cos())
     assert optimizer.state[model.net[0].weight]["repeats"] == 0
     mse_loss(model(x), x.cos()).backward()
-    local = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch).local
+    local = local_model_of(optimizer)
     with torch.no_grad():
         assert local._known() is None

@@ -314,7 +314,7 @@ class Batch:
     def factors(self, layer: Layer) -> Factors | None:
         """A and G of one layer, in units of the loss; None if no call was captured.
 
-        Of a tied one all its shapes, whichever of its uses were.
+        Those of a tied layer have the shapes of all its uses together, whichever ran.
         """
         joined: Factors | None = None
         for swapped in (False, True):

@@ -376,19 +376,19 @@ class Capture:
 
     def _choose(self, layer: Layer, z: Tensor) -> tuple[slice | Tensor, float, Tensor | None]:
         """Some data, drawn anew at each forward; all data over these; and the data that enter A, if they are more."""
-        n, most = z.shape[layer.data_dim], 0.0
+        n, wide = z.shape[layer.data_dim], 0
         if z.ndim < 2 or n == 0 or not self.attached:
             return slice(None), 1.0, None
         if self.batch_fraction == "auto":
             rows, data = z.numel() // layer.channels * self.world.size, n * self.world.size
-            share, most = share_needed(rows, data, max(layer.shape)), share_of_inputs(rows, data)
+            share, wide = share_needed(rows, data, max(layer.shape)), int(share_of_inputs(rows, data) * n)
             kept = math.ceil(share * n - 1e-6)  # one row too few would be averaged over steps
         else:
             kept = max(1, round(self.batch_fraction * n))
         if kept >= n:
             return slice(None), 1.0, None
         order = shuffled(n, self._forward_seed).to(z.device)
-        return order[:kept], n / kept, order[: int(most * n)] if most * n > kept else None
+        return order[:kept], n / kept, order[:wide] if wide > kept else None
 
     def _draw(self) -> int:
         """The seed of this forward's draws, different for every step, micro-batch and rank."""

@@ -188,7 +188,8 @@ def unobserved(model: nn.Module, by: Capture | None = None) -> Iterator[None]:
 
 def _pass(capture: Capture, model: nn.Module, batches: Iterable[Any]) -> Batch:
     """Send every batch through the model, and through the loss where that is needed; returns what was captured."""
-    needs_loss, total = capture.loss.module is not None or capture.fisher == "empirical", capture.take()
+    is_empirical, total = capture.fisher == "empirical", capture.take()
+    needs_loss = capture.loss.module is not None or is_empirical
     with unobserved(model, by=capture):
         for x, y in batches:
             with torch.enable_grad():
@@ -199,16 +200,10 @@ def _pass(capture: Capture, model: nn.Module, batches: Iterable[Any]) -> Batch:
                     torch.autograd.grad(value, parameters, allow_unused=True)  # the hooks fire, `.grad` stays as it is
             capture.step += 1
             batch = capture.take()  # one by one, as there are no gradients to tell that they belong together
-            _in_one_unit(batch, total)
+            if is_empirical:
+                batch.weigh(batch.R**-2)  # the user's gradients carry the R of their own batch
             batch.follow(total)
             total = batch
+    if is_empirical and total.terms:
+        total.weigh(total.R**2)  # and are to carry that of all data
     return total
-
-
-def _in_one_unit(latest: Batch, total: Batch) -> None:
-    """Let the user's gradients of all batches carry the R of all data, and not each that of its own batch."""
-    if latest.fisher == "empirical" and latest.terms:
-        terms, own, before = latest.terms + total.terms, latest.R, total.R if total.terms else 1.0
-        of_all = latest.loss.likelihood.scale(terms) if latest.loss.likelihood is not None else 1 / terms
-        latest.weigh((of_all / own) ** 2)
-        total.weigh((of_all / before) ** 2)

@@ -27,7 +27,7 @@ class Poisson(Elementwise):
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """rate − y for the logarithm, 1 − y / rate for the rate, with y drawn from Poisson(rate)."""
-        rate = output.exp() if self.log_input else _held(output, LEAST_RATE)
+        rate = self._rate(output)
         drawn = torch.poisson(rate.nan_to_num(nan=0.0).clamp(min=0), generator=generator)
         return rate - drawn if self.log_input else 1 - drawn / rate
 
@@ -37,15 +37,16 @@ class Poisson(Elementwise):
 
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """rate′ − rate − rate (log rate′ − log rate)."""
-        before, after = (output, moved) if self.log_input else (_held(f, LEAST_RATE).log() for f in (output, moved))
+        before, after = (output, moved) if self.log_input else (self._rate(f).log() for f in (output, moved))
         return after.exp() - before.exp() * (1 + after - before)
 
     def remainder(self, output: Tensor, moved: Tensor, gradient: Tensor) -> Tensor:
         """For the rate y (rate′ / rate − 1 − log (rate′ / rate)), with y = rate (1 − ∇c)."""
         if self.log_input:
             return self.divergence(output, moved)
-        before, after = _held(output, LEAST_RATE), _held(moved, LEAST_RATE)
-        return before * (1 - gradient) * (after / before - 1 - (after / before).log())
+        rate = self._rate(output)
+        ratio = self._rate(moved) / rate
+        return rate * (1 - gradient) * (ratio - 1 - ratio.log())
 
     def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
         """rate′ − rate for the logarithm; for the rate to first order, as it depends on the count."""
@@ -53,7 +54,10 @@ class Poisson(Elementwise):
 
     def diagonal(self, output: Tensor) -> Tensor:
         """The rate, or its inverse."""
-        return output.exp() if self.log_input else _held(output, LEAST_RATE).reciprocal()
+        return self._rate(output) if self.log_input else self._rate(output).reciprocal()
+
+    def _rate(self, output: Tensor) -> Tensor:
+        return output.exp() if self.log_input else _held(output, LEAST_RATE)
 
 
 class MeanVariance(Elementwise):
@@ -81,20 +85,18 @@ class MeanVariance(Elementwise):
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """(mean − y) / variance and (1 − (mean − y)² / variance) / (2 variance) with y drawn from the Gaussian."""
-        variance = _held(output[:, 1], LEAST_VARIANCE)
+        _, variance = _moments(output)
         noise = torch.randn(variance.shape, generator=generator, dtype=output.dtype, device=output.device)
         return torch.stack([noise / variance.sqrt(), (1 - noise.square()) / (2 * variance)], dim=1)
 
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """½ (log s′/s + (s + (m − m′)²) / s′ − 1) for means m and variances s."""
-        (m, s), (m_moved, s_moved) = output.unbind(1), moved.unbind(1)
-        s, s_moved = _held(s, LEAST_VARIANCE), _held(s_moved, LEAST_VARIANCE)
+        (m, s), (m_moved, s_moved) = _moments(output), _moments(moved)
         return ((s_moved / s).log() + (s + (m - m_moved).square()) / s_moved - 1).unsqueeze(1) / 2
 
     def remainder(self, output: Tensor, moved: Tensor, gradient: Tensor) -> Tensor:
         """With the residual r = variance · ∂c/∂mean in the place of its expectation."""
-        (m, s), (m_moved, s_moved) = output.unbind(1), moved.unbind(1)
-        s, s_moved = _held(s, LEAST_VARIANCE), _held(s_moved, LEAST_VARIANCE)
+        (m, s), (m_moved, s_moved) = _moments(output), _moments(moved)
         r = gradient[:, 0] * s
         change = ((s_moved / s).log() + (r + m_moved - m).square() / s_moved - r.square() / s) / 2
         slope = r / s * (m_moved - m) + (1 - r.square() / s) / (2 * s) * (s_moved - s)
@@ -102,8 +104,14 @@ class MeanVariance(Elementwise):
 
     def diagonal(self, output: Tensor) -> Tensor:
         """1 / variance, and 1 / (2 variance²)."""
-        precision = _held(output[:, 1], LEAST_VARIANCE).reciprocal()
+        precision = _moments(output)[1].reciprocal()
         return torch.stack([precision, precision.square() / 2], dim=1)
+
+
+def _moments(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and variances."""
+    mean, variance = output.unbind(1)
+    return mean, _held(variance, LEAST_VARIANCE)
 
 
 def _held(values: Tensor, least: float) -> Tensor:
