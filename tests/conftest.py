@@ -5,6 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Threads that wait for each other make steps of milliseconds take seconds when the machine is busy. Once and for all:
+# after their number was raised again, MKL solves systems side by side (`torch.linalg.inv`) wrongly, or waits for ever.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="module")
 def float64() -> Iterator[None]:

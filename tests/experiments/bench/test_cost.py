@@ -42,7 +42,8 @@ def test_cost_is_measured_once(tmp_path: Path, console: Console, monkeypatch: py
     found = [json.loads(line) for line in (tmp_path / cost.FILE).read_text().splitlines()]
     assert [(r["value"], r["contestant"]) for r in found] == [(w, c) for w in (4, 9) for c in ("sgd", "adamw", "kfac")]
     kfac = [r for r in found if r["contestant"] == "kfac"]
-    assert all(r["state"] >= r["estimate"] > 0 for r in kfac)
+    # After so few steps there may be no velocity yet, a fifth of all here.
+    assert all(1.25 * r["state"] >= r["estimate"] > 0 for r in kfac)
     assert (tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(cost, "measure", lambda *arguments: pytest.fail("measured again"))
     models.overhead(tmp_path, ("width",), ("kfac",), 3, console)
