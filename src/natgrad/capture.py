@@ -35,7 +35,6 @@ from natgrad.losses import Loss, Weights
 from natgrad.outputs import Origin, View, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
 from natgrad.passes import Passes
-from natgrad.products import rounding
 from natgrad.rerun import again, few, modes, stands_for
 from natgrad.vectors import vectors
 
@@ -84,7 +83,6 @@ class Capture:
         self.batch_fraction, self.view, self.seed = batch_fraction, View(output, loss), seed
         self.world, self.sampling = world or World(), False  # whether gradients of the user's loss are kept as well
         self.attached = self.whole = True
-        self.rounds = False  # whether second moments may be of rounded rows
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
         self.step = self._forward_seed = 0
         self.bases: Callable[[Layer], Bases | None] | None = None
@@ -276,7 +274,7 @@ class Capture:
     def _gather(self, forward: Forward, origins: Sequence[Origin]) -> None:
         if (part := self._part(forward)).uses:
             # The user's autocast would round the products of rows to half precision.
-            with torch.no_grad(), full_precision(forward.output.device.type), rounding(self.rounds):
+            with torch.no_grad(), full_precision(forward.output.device.type):
                 for pairs in (p for use in forward.uses for p in alike([(call, call.inputs[0]) for call in use])):
                     first, rows = pairs[0][0], torch.cat([call.layer.inputs(x) for call, x in pairs], dim=-2)
                     moment = first.layer.input_moment(rows, self.sharing[first.owner.name])

@@ -91,10 +91,6 @@ class Metric:
             missing = [layer for layer in self.layers if "A" in states[layer.name] and layer.name not in inverted]
             self._refresh(missing, states, step)
 
-    def rounds(self, averages: bool) -> bool:
-        """Whether damping is as heavy as rounded products want it; of a given one nobody knows."""
-        return averages and self.rule is dampings.automatic
-
     def due(self, step: int) -> set[str]:
         """Whose inverse it is time to refresh."""
         return schedule.turn(step, self.period, self._costs)
@@ -122,7 +118,7 @@ class Metric:
                 self._refresh(started, states, step)
                 self._measure(batch, states, matrix, anew=True)
         else:
-            with rounding(self.rounds(averages)):
+            with rounding(self._rounds(averages)):
                 self._measure(batch, states, matrix, anew=False)
         stale = missing | (self.moved & self.due(step))
         refreshed = [layer for layer in started if layer.name in stale]
@@ -141,7 +137,7 @@ class Metric:
         """
         solutions: dict[str, Tensor] = {}
         shares = noise.known(states.values()) if averaged else []
-        with rounding(self.rounds(averaged)):
+        with rounding(self._rounds(averaged)):
             for layer in self.layers:
                 V = matrix(layer)
                 if V is not None:
@@ -161,6 +157,10 @@ class Metric:
             share = noise.mean([state["noise"]] if "noise" in state else shares)
             natural = polar.orthogonalize(V, natural, noise_left(share))
         return natural.masked_fill_(V.logical_not(), 0.0)
+
+    def _rounds(self, averages: bool) -> bool:
+        """Whether damping is as heavy as rounded products want it; of a given one nobody knows."""
+        return averages and self.rule is dampings.automatic
 
     def _agree(self, states: States) -> set[str]:
         """Who have an inverse on every rank that holds it."""

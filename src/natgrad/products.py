@@ -1,14 +1,12 @@
 """Products of large float32 matrices at the speed of hardware that multiplies rounded numbers.
 
-Tensor cores, and the tile units of some processors, multiply matrices several times faster if these are rounded first,
-to the 11 digits of TensorFloat-32 or the 8 of bfloat16, while sums stay float32. That is enough where gradients are
-averaged over batches and damping is automatic: there that of A is never below a third of its mean eigenvalue, and
-second moments, lengths and natural gradients stay far nearer to the exact ones than two batches are to each other. With
-lighter damping it is not: rounding along the few large eigenvalues of A, such as that of the mean input, would bury
-what the small ones hold. No pass of the model is rounded.
-
-That is for torch to know, and as soon as anybody has told it how to multiply float32 matrices, it stays as it is. Torch
-knows it for the whole process: what other threads multiply in float32 while natgrad does is rounded, too.
+Tensor cores, and the newer units of processors, multiply matrices of bfloat16, with sums in float32, several times
+faster than those of float32. Its 8 digits are enough for natural gradients and their lengths where gradients are
+averaged over batches and damping is automatic: there that of A is never below a third of its mean eigenvalue, and they
+stay far nearer to the exact ones than two batches are to each other. With lighter damping it is not: rounding along the
+few large eigenvalues of A, such as that of the mean input, would bury what the small ones hold. Second moments are
+never rounded, as they would not stay positive, nor are passes of the model; and as soon as anybody has told torch how
+to multiply float32 matrices, nothing is.
 """
 
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from torch import Tensor
 # Smaller ones take longer to hand over than to multiply: the least side, and the product of all three.
 LEAST_SIDE, LEAST_WORK = 64, 2**22
 _CPU: Any = torch.backends.mkldnn  # of whose settings the stubs know nothing
+_GPU: Any = torch.backends.cuda
 _allowed = ContextVar("allowed", default=False)
 
 
@@ -37,20 +36,12 @@ def rounding(allowed: bool) -> Iterator[None]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, of rounded matrices where that is allowed and faster."""
+    """a @ b, rounded where that is allowed and faster."""
     sides = a.shape[-2], a.shape[-1], b.shape[-1]
     pays = min(sides) >= LEAST_SIDE and sides[0] * sides[1] * sides[2] >= LEAST_WORK
-    if not (pays and _allowed.get() and a.dtype == torch.float32):
-        return a @ b
-    on_gpu = a.device.type == "cuda"
-    how = torch.backends.cuda.matmul if on_gpu else _CPU.matmul
-    if how.fp32_precision != "none" or not (on_gpu or (a.device.type == "cpu" and _has_tiles())):
-        return a @ b
-    how.fp32_precision = "tf32" if on_gpu else "bf16"
-    try:
-        return a @ b
-    finally:
-        how.fp32_precision = "none"
+    if pays and _allowed.get() and a.dtype == torch.float32 and not _is_told(a.device.type) and _has_units(a.device):
+        return (a.bfloat16() @ b.bfloat16()).float()
+    return a @ b
 
 
 def multiplies_as_stored() -> bool:
@@ -58,7 +49,15 @@ def multiplies_as_stored() -> bool:
     return all(how.fp32_precision in ("none", "ieee") for how in (_CPU.matmul, _CPU.conv, _CPU.rnn))
 
 
+def _is_told(device: str) -> bool:
+    """Whether somebody has said how to multiply."""
+    return bool((_GPU if device == "cuda" else _CPU).matmul.fp32_precision != "none")
+
+
 @cache
-def _has_tiles() -> bool:
-    """Whether the processor has units for tiles of bfloat16; without, rounded products are slower than exact ones."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+def _has_units(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16; without, rounded products are slower than exact ones."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(can.get("amx_bf16") or can.get("avx512_bf16"))

@@ -16,8 +16,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from natgrad.products import product
-
 Sharing = Literal["expand", "reduce"]
 # Products of rows up to this wide are computed in one piece.
 SMALL = 256
@@ -84,10 +82,10 @@ def _fill(gram: Tensor, rows: Tensor) -> None:
     """rowsᵀ rows, of whose blocks those beside the diagonal are computed once and mirrored: a quarter less work."""
     d = rows.shape[-1]
     if d <= SMALL:
-        gram.copy_(product(rows.mT, rows))
+        gram.copy_(rows.mT @ rows)
         return
     first, second = slice(0, d // 2), slice(d // 2, d)
     for half in (first, second):
         _fill(gram[..., half, half], rows[..., half])
-    gram[..., first, second] = beside = product(rows[..., first].mT, rows[..., second])
+    gram[..., first, second] = beside = rows[..., first].mT @ rows[..., second]
     gram[..., second, first] = beside.mT
