@@ -13,7 +13,6 @@ import natgrad
 from cases import assert_blocks, product_blocks
 from linear_cases import stack
 from natgrad import factors
-from natgrad.batch import Batch
 from natgrad.factors import Statistics
 from natgrad.likelihoods import Gaussian
 
@@ -32,13 +31,9 @@ def take_step(preconditioner: natgrad.Preconditioner, x: Tensor) -> None:
     preconditioner.step()
 
 
-def empty(preconditioner: natgrad.Preconditioner) -> Batch:
-    return Batch(preconditioner.loss, preconditioner.fisher)
-
-
 def statistics(preconditioner: natgrad.Preconditioner) -> dict[str, Statistics]:
     """By layer; of tied layers there would be two."""
-    return {name: s for (name, swapped), s in preconditioner.capture.batch.statistics.items() if not swapped}
+    return {name: s for (name, swapped), s in preconditioner.capture.ahead[-1].statistics.items() if not swapped}
 
 
 # When there is something to capture.
@@ -51,13 +46,13 @@ def test_without_gradients_nothing_is_captured(fisher: str, mode: Callable[[], A
     preconditioner = natgrad.Preconditioner(network(), "mse", fisher=fisher)
     with mode():
         preconditioner.model(torch.randn(5, 3))
-    assert preconditioner.capture.batch == empty(preconditioner)
+    assert preconditioner.capture.ahead == []
 
 
 def test_a_layer_called_on_its_own_is_not_captured() -> None:
     preconditioner = natgrad.Preconditioner(network(), "mse")
     preconditioner.model[0](torch.randn(5, 3))
-    assert preconditioner.capture.batch == empty(preconditioner)
+    assert preconditioner.capture.ahead == []
 
 
 def trained(evaluate: Callable[[nn.Module, str], None]) -> list[Tensor]:
@@ -96,7 +91,7 @@ def test_a_graph_is_freed_with_its_output(fisher: str, fraction: float) -> None:
     gc.disable()
     try:
         output = preconditioner.model(torch.randn(40, 3))
-        ears = preconditioner.capture.batch.ears
+        ears = preconditioner.capture.ahead[-1].ears
         assert [ear.is_deaf for ear in ears] == [False]
         del output
         assert [ear.is_deaf for ear in ears] == [True]
@@ -126,7 +121,7 @@ def test_while_disabled_forwards_are_counted_and_statistics_are_not_gathered() -
     preconditioner = natgrad.Preconditioner(network(), "mse")
     preconditioner.capture.due = set()
     preconditioner.model(torch.randn(5, 3))
-    batch = preconditioner.capture.batch
+    batch = preconditioner.capture.ahead[-1]
     assert (batch.forwards, batch.data, batch.terms, batch.statistics) == (1, 5, 10, {})
 
 
@@ -136,7 +131,7 @@ def test_empirical_gradients_arrive_during_the_backward_pass() -> None:
     assert statistics(preconditioner).keys() == {"0", "2"}
     assert all(s.G is None for s in statistics(preconditioner).values())
     loss.backward()
-    assert all(s.G is not None for s in statistics(preconditioner).values())
+    assert all(s.G is not None for s in preconditioner.capture.take().statistics.values())
 
 
 class Discarding(nn.Module):

@@ -83,7 +83,7 @@ def test_a_model_copied_alone_is_free(way: Copy) -> None:
     train(optimizer, 0)
     free = way(optimizer.preconditioner.model)
     backward(free, 1)
-    assert optimizer.preconditioner.capture.batch.forwards == 0
+    assert optimizer.preconditioner.capture.ahead == []
     assert all(not vars(part)["_forward_hooks"] or _idle(part) for part in free.modules())
     another = natgrad.KFAC(free, "mse")
     train(another, 1)

@@ -114,7 +114,7 @@ def draws() -> tuple[list[Tensor], int]:
     preconditioner = natgrad.Preconditioner(model, "mse")
     x = torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
     loss = mse_loss(model(x), x[:, :2])
-    G = preconditioner.capture.batch.statistics["0", False].G
+    G = preconditioner.capture.ahead[-1].statistics["0", False].G
     own = [torch.empty_like(G) for _ in range(dist.get_world_size())]
     dist.all_gather(own, G)
     loss.backward()

@@ -56,8 +56,8 @@ def test_between_intervals_no_noise_is_measured() -> None:
     capture = optimizer.preconditioner.capture
     capture.due, capture.whole = {"0"}, False
     cross_entropy(model(x[:8]), y[:8]).backward()
-    assert {name for name, _ in capture.batch.statistics} == {"0"}
-    assert not capture.batch.samples
+    assert {name for name, _ in capture.ahead[-1].statistics} == {"0"}
+    assert not capture.ahead[-1].samples
 
 
 def test_batches_of_eight_are_enough() -> None:
@@ -115,3 +115,26 @@ def test_modules_whose_layers_are_not_due_run_as_they_are(monkeypatch: pytest.Mo
         seen.add((due == {"head"}, bool(steps)))
     assert seen >= {(True, False), (False, True)}
     assert (True, True) not in seen
+
+
+def test_queries_keys_and_values_of_other_tokens_enter_by_as_many_rows() -> None:
+    """Counted by the channels of all three, queries by themselves seemed to be a third of what they are."""
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = Attending(attention)
+    preconditioner = natgrad.Preconditioner(model, "mse")
+    model(torch.randn(300, 5, 8)).sum().backward()
+    statistics = preconditioner.capture.take().statistics
+    rows = statistics["attention.in_proj", False].rows
+    assert rows == 3 * statistics["attention.out_proj", False].rows  # of three calls
+
+
+class Attending(nn.Module):
+    """Attends to other tokens than those that ask."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(x, x.flip(1), x.flip(1))[0]
+        return out

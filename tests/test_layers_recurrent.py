@@ -180,5 +180,5 @@ def test_a_loop_of_cells_is_weight_sharing() -> None:
     model = Loop(nn.GRUCell(3, 4), steps=4)
     preconditioner = natgrad.Preconditioner(model, "mse", batch_fraction=1.0)
     model(torch.randn(5, 4, 3))
-    statistics = preconditioner.capture.batch.statistics
+    statistics = preconditioner.capture.ahead[-1].statistics
     assert {key: s.rows for key, s in statistics.items()} == {("cell.ih", False): 20, ("cell.hh", False): 20}

@@ -261,6 +261,15 @@ def mask(*shape: int) -> Tensor:
     return forbidden
 
 
+def in_one_buffer(model: nn.Module) -> nn.Module:
+    """Its parameters are views of one tensor, as where they are exchanged or updated as one."""
+    parameters = list(model.parameters())
+    buffer = torch.cat([p.detach().flatten() for p in parameters])
+    for p, part in zip(parameters, buffer.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
+    return model
+
+
 ATTENTION: dict[str, Make] = {
     "self": lambda: (Attention(), torch.randn(5, 3, 8)),
     "batch first": lambda: (Attention(batch_first=True), torch.randn(3, 5, 8)),
@@ -283,6 +292,7 @@ ATTENTION: dict[str, Make] = {
     "frozen in": lambda: (frozen(Attention(bias=False), "attention.in_proj_weight"), torch.randn(5, 3, 8)),
     "frozen out": lambda: (frozen(Attention(bias=False), "attention.out_proj.weight"), torch.randn(5, 3, 8)),
     "repeated": lambda: (Repeated(Attention(batch_first=True)), torch.randn(3, 5, 8)),
+    "in one buffer": lambda: (in_one_buffer(Attention()), torch.randn(5, 3, 8)),
 }
 
 

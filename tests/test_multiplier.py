@@ -15,7 +15,7 @@ import natgrad
 from kfac_cases import assert_same, values
 from kfac_cases import network as with_adamw
 from natgrad import local_model, multiplier
-from natgrad.batch import Forward
+from natgrad.forward import Forward
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson
 from natgrad.multiplier import EVERY, LossMultiplier, at_least
 from natgrad.quadratic import HALVINGS

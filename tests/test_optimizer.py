@@ -91,6 +91,8 @@ def test_a_forward_pass_that_is_not_trained_on_is_named() -> None:
     optimizer.step()
     backward(model, 0)
     _kept = model(batch(1)[0])
+    optimizer.step()
+    _kept = model(batch(1)[0])
     with pytest.raises(RuntimeError, match=r"latest forward pass .* had no backward pass. Call .*`torch.no_grad\(\)`"):
         optimizer.step()
 

@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils.parametrizations import weight_norm
 
 import natgrad
-from natgrad import batch
+from natgrad import forward
 from natgrad.batch import Fisher
 from natgrad.layers import DerivativeUse, Sharing, partition
 from oracle import relative_error
@@ -109,7 +109,7 @@ def test_rows_of_all_uses_make_up_the_gradient(name: str) -> None:
     model, x, y = made(name)
     optimizer = natgrad.KFAC(model, "mse")
     mse_loss(model(x), y).backward()
-    samples = optimizer.preconditioner.capture.batch.samples
+    samples = optimizer.preconditioner.capture.ahead[-1].samples
     for layer in partition(model).layers:
         (sample,) = samples[layer.name]
         rows, gradients = sample.rows()
@@ -185,7 +185,7 @@ def test_both_directions_share_two_sums() -> None:
     model, x, y = made("second derivatives")
     optimizer = natgrad.KFAC(model, "mse")
     mse_loss(model(x), y).backward()
-    batch = optimizer.preconditioner.capture.batch
+    batch = optimizer.preconditioner.capture.ahead[-1]
     assert set(batch.statistics) == {(layer.name, swapped) for layer in partition(model).layers for swapped in (0, 1)}
     layers = {type(layer) for layer in batch.samples["inner.2"][0].layers}
     assert DerivativeUse in layers
@@ -245,7 +245,7 @@ def test_a_pass_that_fails_leaves_nothing_to_the_next() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         model(torch.randn(DATA, 5))
     mse_loss(model(x), y).backward()
-    (sample,) = optimizer.preconditioner.capture.batch.samples["inner.0"]
+    (sample,) = optimizer.preconditioner.capture.ahead[-1].samples["inner.0"]
     assert len(sample.layers) == len([layer for layer in sample.layers if layer.of_derivative]) + 1
 
 
@@ -282,7 +282,7 @@ def test_derivatives_in_the_loop_are_told_of() -> None:
     torch.manual_seed(0)
     model, x = dense(), torch.randn(DATA, 3, requires_grad=True)
     optimizer = natgrad.KFAC(model, "mse")
-    batch._tell_of_derivatives.cache_clear()  # once is enough, of all optimizers
+    forward._tell_of_derivatives.cache_clear()  # once is enough, of all optimizers
     with pytest.warns(RuntimeWarning, match="the training loop differentiates the model's output"):
         residual = gradient(model(x), x)
     residual.square().mean().backward()
@@ -338,5 +338,5 @@ def test_the_whole_model_may_be_transformed() -> None:
     model(x).square().mean().backward()
     for name, p in model.named_parameters():
         assert torch.allclose(each[name].mean(0), p.grad)
-    assert optimizer.preconditioner.capture.batch.forwards == 1
+    assert optimizer.preconditioner.capture.ahead[-1].forwards == 1
     optimizer.step()

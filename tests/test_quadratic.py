@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import natgrad
 from cases import MSE, Loss, data_for, every_loss
 from natgrad import derivatives, local_model
-from natgrad.batch import Forward
+from natgrad.forward import Forward
 from natgrad.likelihoods import Gaussian
 from natgrad.local_model import LocalModel
 from natgrad.losses import resolve
@@ -167,7 +167,7 @@ def test_evaluation_captures_nothing() -> None:
     model, x = network(), torch.randn(6, 3)
     preconditioner = natgrad.Preconditioner(model, "mse")
     of_natgrad(model, "mse", x, directions_of(model))
-    assert preconditioner.capture.batch.forwards == 0
+    assert preconditioner.capture.ahead == []
 
 
 # The choice of a step.
@@ -379,7 +379,7 @@ def after_four_steps(model: nn.Module, x: Tensor, y: Tensor) -> natgrad.KFAC:
 
 def local_model_of(optimizer: natgrad.KFAC) -> LocalModel:
     """Of the pass whose backward pass is over."""
-    multiplier = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.batch)
+    multiplier = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.ahead[-1])
     assert multiplier is not None
     return multiplier.local
 

@@ -20,7 +20,7 @@ from torch.nn.functional import (
 import natgrad
 from cases import Loss, data_for, every_loss
 from natgrad import local_model
-from natgrad.batch import shuffled
+from natgrad.calls import shuffled
 from natgrad.chance import Chance
 from natgrad.likelihoods import MeanVariance, Poisson
 from quadratic_cases import Direction, directions_of, network

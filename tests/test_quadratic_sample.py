@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import natgrad
 from cases import Loss, data_for, every_loss
 from natgrad import local_model
-from natgrad.batch import Forward
+from natgrad.forward import Forward
 from natgrad.likelihoods import Gaussian
 from natgrad.local_model import LocalModel
 from natgrad.rerun import stratified

@@ -102,7 +102,7 @@ def test_every_network_tells_of_its_noise() -> None:
     optimizer = natgrad.KFAC(model, loss={"inside": "mse", "ends": (3.0, "mse")})
     outputs = model(torch.randn(40, 3), torch.randn(7, 3))
     (outputs["inside"].square().mean() + 3 * outputs["ends"].square().mean()).backward()
-    samples = optimizer.preconditioner.capture.batch.samples
+    samples = optimizer.preconditioner.capture.ahead[-1].samples
     assert {name: sample.data for name, (sample,) in samples.items()} == {
         "inside.0": 40,
         "inside.2": 40,

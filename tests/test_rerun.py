@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
 from natgrad import local_model, rerun
-from natgrad.batch import Forward
+from natgrad.forward import Forward
 from natgrad.rerun import subsample
 
 
@@ -215,7 +215,7 @@ def test_a_second_pass_neither_takes_the_gradients_nor_counts_as_a_forward() -> 
     preconditioner = natgrad.Preconditioner(model, "mse", batch_fraction=FRACTION)
     loss = mse_loss(model(torch.randn(DATA, 3, 6)), torch.zeros(DATA, 2))
     assert all(p.grad is None for p in model.parameters())
-    batch = preconditioner.capture.batch
+    batch = preconditioner.capture.ahead[-1]
     assert (batch.forwards, batch.data) == (1, DATA)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())

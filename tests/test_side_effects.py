@@ -111,7 +111,7 @@ def test_hooks_that_take_features_get_those_of_all_data(data: tuple[Tensor, Tens
     preconditioner = natgrad.Preconditioner(model, "mse", batch_fraction=KEPT / DATA)
     model(x)
     assert features == [DATA]
-    assert preconditioner.capture.batch.forwards == 1
+    assert preconditioner.capture.ahead[-1].forwards == 1
 
 
 def test_an_exception_in_the_forward_pass_lets_go_of_what_was_captured(data: tuple[Tensor, Tensor]) -> None:

@@ -5,184 +5,26 @@ make A and G in units of the loss.
 """
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
-from natgrad.calls import Call, Sample
-from natgrad.chance import Chance
-from natgrad.distributed import is_sharded
+from natgrad.calls import Call, Sample, alike, positions
 from natgrad.factors import Factors, Statistics, grown, join
-from natgrad.joint import side_by_side
-from natgrad.layers import Layer, at_least_float32
-from natgrad.likelihoods import Likelihood
-from natgrad.losses import Loss, Weights
-from natgrad.outputs import Find, Origin
+from natgrad.forward import Ear, Forward
+from natgrad.layers import Bases, Layer, Sharing
+from natgrad.losses import Loss
 
 Fisher = Literal["mc", "exact", "empirical", "forward"]
 
 
 @dataclass
-class Ear:
-    """Whether a gradient of the user's loss arrived at the output of a forward pass, or still may.
-
-    Attributes:
-        heard: It did.
-        hooks: What waits for it. Only the graph keeps these.
-    """
-
-    heard: bool = False
-    hooks: list[weakref.ref[Any]] = field(default_factory=list)
-
-    @property
-    def is_deaf(self) -> bool:
-        """None came and none can come, as the graph is gone."""
-        return not self.heard and all(hook() is None for hook in self.hooks)
-
-
-@dataclass
-class Forward:
-    """One forward pass of the model.
-
-    Attributes:
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        output: The tensor that the loss sees.
-        uses: The calls of the layers, together where their rows are positions of the same rows; none if not due.
-        weights: What the targets imply, where a loss module was watched.
-        seen: The model's own output, where the loss module got a rearranged one.
-        rearrange: From the model's own output to that input, where it was looked for already.
-        find: From what the model returned to what ``output`` was made from, where a function of the user's did so.
-        gradient: Of the user's loss with respect to that or else ``output``, once it has arrived.
-        seed: Of the order in which data are chosen, see :func:`shuffled`.
-        chance: The random streams before it, if it drew from them.
-        multiplier: Of the value of the loss module, in the user's loss, once its gradient has arrived.
-        ear: Tells whether a gradient arrived or may arrive.
-        is_makeshift: Whether ``gradient`` is of a derivative that may enter the loss, for want of the loss's own.
-        trained: Parameters of the layers; a pass that brings none of them a gradient is no backward pass of the loss.
-        modes: Of its modules, see :func:`natgrad.rerun.modes`.
-        likelihood: Of the declared loss; for several heads with the shapes of this pass's.
-        lengths: Of the heads, if these have different numbers of data: then rows of the output are no data.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Tensor
-    uses: list[list[Call]]
-    weights: Weights | None = None
-    seen: Tensor | None = None
-    rearrange: Callable[[Tensor], Tensor] | None = None
-    find: Find | None = None
-    gradient: Tensor | None = None
-    seed: int = 0
-    chance: Chance | None = None
-    multiplier: Tensor | None = None
-    ear: Ear = field(default_factory=Ear)
-    is_makeshift: bool = False
-    trained: Sequence[nn.Parameter] = ()
-    modes: tuple[bool, ...] = ()
-    likelihood: Likelihood | None = None
-    lengths: tuple[int, ...] = ()
-
-    def listen(self, origins: Sequence[Origin]) -> None:
-        """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over.
-
-        Args:
-            origins: Where it arrives; side by side, if at several tensors.
-        """
-        ends = list(accumulate(origin.tensor.shape[1:].numel() for origin in origins))
-        for origin, start, end in zip(origins, [0, *ends], ends, strict=False):
-            if origin.tensor.requires_grad:
-                some = partial(self.note_some, ends[-1], slice(start, end), origin.order)
-                hook = some if len(origins) > 1 else partial(self.note, order=origin.order)
-                origin.tensor.register_hook(hook)
-                self.ear.hooks.append(weakref.ref(hook))
-
-    def note(self, gradient: Tensor, order: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
-        """Keep a gradient that has come; those of several backward passes through one graph add up."""
-        if self._hear():
-            latest = at_least_float32(order(gradient))
-            self.gradient = latest if self.gradient is None else self.gradient + latest
-
-    def note_some(self, width: int, columns: slice, order: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
-        """The same at one of several tensors; where none comes, the loss does not depend on it."""
-        if self._hear():
-            some = at_least_float32(side_by_side([order(gradient)]))
-            if self.gradient is None:
-                self.gradient = some.new_zeros(len(self.output), width)
-            self.gradient[: len(some), columns] += some
-
-    def _hear(self) -> bool:
-        """Whether what comes is of the loss: derivatives may be asked for to be looked at, or for a penalty on them."""
-        is_of_loss, differentiates_again = _reaches(self.trained), torch.is_grad_enabled()
-        if differentiates_again:
-            _tell_of_derivatives()
-        if is_of_loss and self.is_makeshift:
-            self.gradient, self.is_makeshift = None, False
-        elif not is_of_loss:
-            if not differentiates_again or not (self.gradient is None or self.is_makeshift):
-                return False
-            self.is_makeshift = True
-        self.ear.heard = True
-        return True
-
-    def see_what_counts(self, likelihood: Likelihood) -> None:
-        """Let criteria without a gradient weigh nothing from now on, if they tell and nobody else told.
-
-        In half precision a gradient may be zero for being small.
-        """
-        told = self.weights is not None or self.output.dtype == torch.float16
-        if told or self.gradient is None or self.find is not None:
-            return
-        shares = likelihood.shares(at_least_float32(self.output), self.gradient)
-        if shares is not None:
-            self.weights = Weights(shares, torch.ones_like(shares))
-
-    def add_multiplier(self, gradient: Tensor) -> None:
-        """Add the gradient at one value of the loss module; there are several for a weighted sum over targets."""
-        gradient = at_least_float32(gradient.detach())
-        self.multiplier = gradient if self.multiplier is None else self.multiplier + gradient
-
-    def is_input(self, tensor: Tensor) -> bool:
-        """Whether the loss module got the tensor that it is to see, or a view of it."""
-        return tensor.data_ptr() == self.output.data_ptr() and tensor.numel() == self.output.numel()
-
-    def release(self) -> None:
-        """Let go of the graph and of the calls."""
-        self.uses, self.output = [], self.output.detach()
-        self.seen = None if self.seen is None else self.seen.detach()
-
-    def terms(self, likelihood: Likelihood | None) -> float:
-        """What the loss's reduction divides by."""
-        if likelihood is None:
-            return self.data
-        if self.weights is not None and likelihood.reduction == "mean":
-            return float(self.weights.terms.sum())
-        return likelihood.terms(self.output)
-
-    def is_outweighed(self, other: "Forward | None") -> bool:
-        """Whether another pass, whose backward pass is done as well, tells more of the loss."""
-        if other is None or other.gradient is None or self.gradient is None:
-            return False
-        return other.data > self.data
-
-    @property
-    def data(self) -> int:
-        """N."""
-        return (self.output if self.seen is None else self.seen).shape[0]
-
-
-@dataclass
 class Batch:
-    """Everything captured since the last step.
+    """What was captured of one forward pass, or of all since the last step.
 
     Attributes:
         loss: Of the user.
@@ -193,6 +35,7 @@ class Batch:
         terms: What the loss's reduction divides by, summed over the forwards.
         latest: The latest forward, or one before it that was of more data.
         ears: Of all forwards.
+        open: Uses that wait for the gradients of the user's backward pass, which is over when they are added.
         spectra: Per layer name with a basis, the sum over data of the squared gradients in it.
         samples: Per layer name, data with the gradients of the user's loss.
         multiplier: What the user's gradients at the output are divided by, to be those of the declared loss.
@@ -208,11 +51,27 @@ class Batch:
     terms: float = 0.0
     latest: Forward | None = None
     ears: list[Ear] = field(default_factory=list)
+    open: list[list[Call]] = field(default_factory=list)
     spectra: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     multiplier: float = 1.0
     scaler: float = 1.0
     part: float = 1.0
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether a gradient of the user's loss has arrived."""
+        return any(ear.heard for ear in self.ears)
+
+    @property
+    def is_deaf(self) -> bool:
+        """Whether none has, and none can any more."""
+        return all(ear.is_deaf for ear in self.ears)
+
+    def count(self, forward: Forward) -> None:
+        """Let this be the batch of a forward pass."""
+        self.latest, self.ears, self.forwards, self.data = forward, [forward.ear], 1, forward.data
+        self.terms = forward.terms(self.loss.likelihood)
 
     def follow(self, earlier: "Batch") -> None:
         """Add what was gathered before."""
@@ -224,6 +83,7 @@ class Batch:
             self.spectra[name] = total + self.spectra[name] if name in self.spectra else total
         for name, samples in earlier.samples.items():
             self.samples[name] = samples + self.samples.get(name, [])
+        self.ears, self.open = earlier.ears + self.ears, earlier.open + self.open
         self.forwards += earlier.forwards
         self.data += earlier.data
         self.terms += earlier.terms
@@ -243,6 +103,36 @@ class Batch:
     def sums(self, call: Call) -> Statistics:
         """Those that a call's rows enter."""
         return self.statistics.setdefault(call.key, Statistics(call.layer.blocks))
+
+    def add_inputs(self, use: list[Call], sharing: Mapping[str, Sharing]) -> None:
+        """Add the inputs of one use, by how the positions of each layer share its weights."""
+        for pairs in alike([(call, call.inputs[0]) for call in use]):
+            first, rows = pairs[0][0], torch.cat([call.layer.inputs(x) for call, x in pairs], dim=-2)
+            moment = first.layer.input_moment(rows, sharing[first.owner.name])
+            self.sums(first).add_inputs(moment, first.blocks, first.inputs[1])
+
+    def add_gradients(
+        self,
+        use: list[Call],
+        weight: float,
+        sharing: Mapping[str, Sharing],
+        bases: Callable[[Layer], Bases | None] | None,
+    ) -> None:
+        """Add the gradients ``g`` of one use, squared and ``weight`` times; in a basis, too, if its layer has one."""
+        came = [(call, call.layer.gradients(call.g, call.x)) for call in use if call.g is not None]
+        for call in use:
+            call.g = None
+        for pairs in alike(came):
+            first, rows = pairs[0][0], torch.cat([g for _, g in pairs], dim=-2)
+            total = first.layer.gradient_moment(rows, sharing[first.owner.name])
+            self.sums(first).add_gradients(total, first.blocks, weight * first.upscale)
+        basis = bases(use[0].owner) if bases is not None and use[0].owner.per_datum else None
+        if came and basis is not None:
+            first = came[0][0]
+            basis = basis if first.layer.blocks is None else (basis[0][first.blocks], basis[1][first.blocks])
+            x, g = positions(first.owner, [(call.layer, call.layer.inputs(call.x), g) for call, g in came])
+            total = first.layer.squared_gradients(x, g, basis)
+            self._add_squares(first.owner, total, first.blocks, weight * first.upscale)
 
     def sample(self, use: list[Call], ranks: int) -> None:
         """Note the gradients that the user's backward pass brings to some of the data; our own passes must be over."""
@@ -328,7 +218,7 @@ class Batch:
         (out, width), (G_diagonal, A_diagonal) = layer.shape, layer.diagonal
         return grown(joined[0], width, A_diagonal), grown(joined[1], out, G_diagonal)
 
-    def add_squares(self, layer: Layer, total: Tensor, part: slice, weight: float) -> None:
+    def _add_squares(self, layer: Layer, total: Tensor, part: slice, weight: float) -> None:
         """Add the squared gradients of one use of the blocks ``part`` of a layer, counted ``weight`` times."""
         if layer.name not in self.spectra:
             shape = total.shape if layer.blocks is None else (layer.blocks, *total.shape[-2:])
@@ -349,37 +239,6 @@ class Batch:
         column = fill(size, 1, dtype=dtype, device=parameter.device)
         one = column if diagonal else column.squeeze(-1).diag()
         return one if layer.blocks is None else one.expand(layer.blocks, *one.shape).clone()
-
-
-def _reaches(parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether the backward pass under way brings a gradient to one of these; also where that cannot be told.
-
-    There is no public way to ask. Those of which each rank has a part are not themselves in the graph.
-    """
-    if not parameters or any(map(is_sharded, parameters)):
-        return True
-    nodes = (get_gradient_edge(p).node for p in parameters if p.requires_grad)  # some may be frozen by now
-    try:
-        return any(map(torch._C._will_engine_execute_node, nodes))
-    except RuntimeError:  # of `torch.autograd.grad` with parameters
-        return True
-
-
-@cache
-def _tell_of_derivatives() -> None:
-    warnings.warn(
-        "natgrad: the training loop differentiates the model's output by `create_graph=True`. If that enters the loss, "
-        "as the residual of a differential equation or a penalty on a gradient does, natgrad cannot see it there, and "
-        "steps will be poor: let a module return it from its `forward`, next to other outputs with a loss, and give "
-        "natgrad that module. docs/getting_started.md has an example.",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-
-
-def shuffled(data: int, seed: int) -> Tensor:
-    """The order in which data are chosen: from its start for the factors, from its end for the quadratic model."""
-    return torch.randperm(data, generator=torch.Generator().manual_seed(seed))
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -1,18 +1,20 @@
-"""What is remembered of the calls of layers, and how calls become rows.
+"""What is remembered of the calls of layers, of which data, and how calls become rows.
 
 A :class:`Call` is one use of a layer's matrix during one forward pass. Those that a datum's gradient is the sum of make
 up a *use*: their rows are positions of the same datum. :mod:`natgrad.capture` fills them.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from natgrad.factors import share_needed, share_of_inputs
 from natgrad.layers import Layer
 
 # So many data tell the noise of the gradients to a few percent.
@@ -27,23 +29,21 @@ class Call:
         layer: Whose methods make the rows.
         owner: The layer that they count for.
         x: What the layer remembered of the input, restricted to the data that enter both factors.
-        edge: Where the gradient of the output arrives.
+        edge: Where the gradient of the output arrives; None once natgrad's own backward passes are over.
         data: Which data enter both factors.
         upscale: All data over those that do.
         blocks: Which blocks of the layer took part.
-        use: The calls whose rows are positions of the same rows, this one among them.
-        g: The gradient of the output, while the others' are still to come.
+        g: The gradient of the output that the user's backward pass brought, if it is wanted.
         more: The input, restricted to the data that enter A, of which those of ``x`` are the first, if there are more.
     """
 
     layer: Layer
     owner: Layer
     x: Tensor
-    edge: GradientEdge
+    edge: GradientEdge | None
     data: slice | Tensor
     upscale: float
     blocks: slice
-    use: "list[Call]" = field(default_factory=list)
     g: Tensor | None = None
     more: Tensor | None = None
 
@@ -74,8 +74,7 @@ def group(calls: Iterable[Call], together: Callable[[Layer], bool]) -> list[list
     uses: dict[Any, list[Call]] = {}
     for number, call in enumerate(calls):
         same = (call.owner.name, str(call.blocks), len(call.x))
-        call.use = uses.setdefault(same if together(call.owner) else number, [])
-        call.use.append(call)
+        uses.setdefault(same if together(call.owner) else number, []).append(call)
     return list(uses.values())
 
 
@@ -142,6 +141,7 @@ class Sample:
         xs = [call.x[::every].clone() for call in use]
         sample = cls(first.owner, [call.layer for call in use], xs, [None] * len(use), first.rows)
         for number, call in enumerate(use):
+            assert call.edge is not None
             # Nothing that leads to the graph may be kept by a hook on the graph: neither would ever be freed.
             keep = partial(_keep, sample, number, call.edge.output_nr, call.layer.data_dim, call.data, every)
             call.edge.node.register_prehook(keep)
@@ -165,5 +165,42 @@ def _keep(
 ) -> None:
     g = gradients[output]
     if g is not None:
-        leading = (slice(None),) * dim
-        sample.gs[number] = g.detach()[(*leading, data)][(*leading, slice(None, None, every))].clone()
+        leading, earlier = (slice(None),) * dim, sample.gs[number]
+        some = g.detach()[(*leading, data)][(*leading, slice(None, None, every))]
+        # Several backward passes through one graph add up.
+        sample.gs[number] = some.clone() if earlier is None else earlier + some
+
+
+def choose(
+    layer: Layer, z: Tensor, blocks: slice, fraction: float | Literal["auto"], ranks: int, seed: int
+) -> tuple[slice | Tensor, float, Tensor | None]:
+    """Some data of a call: those that enter both factors, all over these, and those that enter A, if they are more.
+
+    Args:
+        layer: Which was called.
+        z: Its output.
+        blocks: Which blocks of the layer took part.
+        fraction: Share of the data, or ``"auto"``.
+        ranks: Number of those that share the data.
+        seed: Of the order, see :func:`shuffled`.
+    """
+    n, wide = z.shape[layer.data_dim], 0
+    if z.ndim < 2 or n == 0:
+        return slice(None), 1.0, None
+    if fraction == "auto":
+        all_blocks = range(layer.blocks or 1)
+        channels = layer.channels * len(all_blocks[blocks]) // len(all_blocks)
+        rows, data = z.numel() // channels * ranks, n * ranks
+        share, wide = share_needed(rows, data, max(layer.shape)), int(share_of_inputs(rows, data) * n)
+        kept = math.ceil(share * n - 1e-6)  # one row too few would be averaged over steps
+    else:
+        kept = max(1, round(fraction * n))
+    if kept >= n:
+        return slice(None), 1.0, None
+    order = shuffled(n, seed).to(z.device)
+    return order[:kept], n / kept, order[:wide] if wide > kept else None
+
+
+def shuffled(data: int, seed: int) -> Tensor:
+    """The order in which data are chosen: from its start for the factors, from its end for the quadratic model."""
+    return torch.randperm(data, generator=torch.Generator().manual_seed(seed))

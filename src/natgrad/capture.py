@@ -12,7 +12,8 @@ The empirical Fisher needs the user's own gradients: there the hooks sit on the 
 arrive during the user's ``backward()``. So do, at the edges, the samples that tell the noise of the gradients.
 """
 
-import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -24,15 +25,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.batch import Batch, Fisher, Forward, full_precision, shuffled
-from natgrad.calls import Call, alike, group, positions
+from natgrad.batch import Batch, Fisher, full_precision
+from natgrad.calls import Call, choose, group
 from natgrad.chance import Chance
 from natgrad.distributed import World
-from natgrad.factors import share_needed, share_of_inputs
+from natgrad.forward import Forward
 from natgrad.joint import differing_lengths
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, is_transformed, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
-from natgrad.outputs import Origin, View, rearrangement
+from natgrad.outputs import Origin, View, met_first, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
 from natgrad.passes import Passes
 from natgrad.rerun import again, few, modes, stands_for
@@ -40,6 +41,8 @@ from natgrad.vectors import vectors
 
 # Of torch's loss modules, in this order.
 ARGUMENTS = ("input", "target", "var")
+# So many passes may wait for the loss module; more were evaluated, and would be held for nothing.
+WAITING = 4
 
 
 class Capture:
@@ -89,7 +92,9 @@ class Capture:
         self._passes = self._of_no_pass()
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
         self._chance: Chance | None = None  # likewise
-        self._waiting: Forward | None = None  # for the loss module to be called
+        self._nested = 0  # calls of the model inside its own forward
+        self._waiting = deque[Forward](maxlen=WAITING)  # for the loss module to be called
+        self._missed = False  # whether a backward pass began before it was
         self._own_derivatives = OwnDerivatives(self._note)
         self._model, self._handles, self._uncompiled = model, list[RemovableHandle](), ExitStack()
         self.watch(layers, sharing)
@@ -134,24 +139,25 @@ class Capture:
 
     def settings(self) -> dict[str, Any]:
         """For ``attach``: everything but what was captured."""
-        captured = ("bases", "_calls", "_chance", "_waiting", "_passes", "_uncompiled", "_own_derivatives")
-        kept = {name: value for name, value in self.__dict__.items() if name not in captured}
+        captured = ("bases", "_calls", "_chance", "_nested", "_waiting", "_missed", "_passes", "_uncompiled")
+        kept = {name: value for name, value in self.__dict__.items() if name not in (*captured, "_own_derivatives")}
         return {**kept, "hears": self._passes.hears}
 
     def attach(self, settings: dict[str, Any]) -> None:
         """Let the hooks of a copied model work for its owner's copy."""
         self.__dict__.update(settings)
         self._passes = self._of_no_pass(self.__dict__.pop("hears"))
-        self.bases = self._calls = self._chance = self._waiting = None
+        self.bases = self._calls = self._chance = None
+        self._nested, self._waiting, self._missed = 0, deque(maxlen=WAITING), False
         self._own_derivatives, self._uncompiled = OwnDerivatives(self._note), ExitStack()
 
     def _of_no_pass(self, hears: bool = False) -> Passes:
         return Passes(lambda: Batch(self.loss, self.fisher), self._finish, hears)
 
     @property
-    def batch(self) -> Batch:
-        """Of the forward passes whose backward pass may still come."""
-        return self._passes.batch
+    def ahead(self) -> Sequence[Batch]:
+        """Of each forward pass whose backward pass may still come."""
+        return self._passes.ahead
 
     def wants(self, layers: Iterable[Layer]) -> bool:
         """Whether some of these should report their calls: the model is running, with gradients, and they are due."""
@@ -165,8 +171,9 @@ class Capture:
         Raises:
             RuntimeError: when the loss module that natgrad was given was not called after the model.
         """
-        if self._waiting is not None and self.loss.module is not None:
-            self._waiting = None
+        missed, self._missed = self._missed, False
+        self._waiting.clear()
+        if missed:
             raise RuntimeError(
                 f"the loss module given to natgrad, {self.loss.module!r}, was not called with the model's output: call "
                 "that very module in the training loop, as natgrad learns from it which targets count and how much."
@@ -178,6 +185,9 @@ class Capture:
             return
         if not self.attached:
             return
+        if self._calls is not None:
+            self._nested += 1
+            return
         self._passes.begin(self.parameters)
         looks = torch.is_grad_enabled() and not is_transformed()
         self._calls, self._chance = ([], Chance(module)) if looks else (None, None)
@@ -186,11 +196,16 @@ class Capture:
             self._uncompiled.enter_context(uncompiled(module))
 
     def _clean_up(self, module: nn.Module, args: tuple[Any, ...], raw: Any) -> None:
-        if self.attached:
-            self._uncompiled.close()
-            self._own_derivatives.stop()
-            if raw is None:  # an exception
-                self._calls = self._chance = None
+        if not self.attached:
+            return
+        failed = raw is None
+        if self._nested:
+            self._nested -= int(failed)
+            return
+        self._uncompiled.close()
+        self._own_derivatives.stop()
+        if failed:
+            self._calls = self._chance = None
 
     def record(
         self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
@@ -198,7 +213,8 @@ class Capture:
         """Remember one call of a layer; see :class:`~natgrad.layers.Recorder`."""
         if self._calls is None or not (z.requires_grad and z.numel()) or layer.owner.name not in self.due:
             return
-        data, upscale, more = self._choose(layer, z)
+        fraction = self.batch_fraction if self.attached else 1.0  # of natgrad's own passes all
+        data, upscale, more = choose(layer, z, blocks, fraction, self.world.size, self._forward_seed)
         call = Call(layer, layer.owner, x[data], get_gradient_edge(z), data, upscale, blocks)
         if more is not None:
             call.more, call.x = (inputs := x[more]), inputs[: len(call.x)]  # which shares its memory
@@ -210,10 +226,13 @@ class Capture:
         assert self._calls is not None
         self._calls.append(call)
         if self.fisher == "empirical":
-            z.register_hook(partial(self._add_empirical, call))
+            z.register_hook(partial(self._add_empirical, weakref.ref(call)))
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], raw: Any) -> None:
         if not self.attached:
+            return
+        if self._nested:
+            self._nested -= 1
             return
         calls, chance, self._calls, self._chance = self._calls, self._chance, None, None
         if calls is None or chance is None:
@@ -227,9 +246,9 @@ class Capture:
         if self.loss.module is None:
             self._gather(forward, origins)
             return
-        self._waiting = forward
-        if not self.loss.indispensable and forward.find is None:
-            origins[0].tensor.register_hook(partial(self._without_loss, forward, origins[0].order))
+        self._waiting.append(forward)
+        # A hook that held the pass would hold the graph that holds the hook.
+        origins[0].tensor.register_hook(partial(self._without_loss, weakref.ref(forward), origins[0].order))
 
     def _after_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         """The loss module has seen the model's output, perhaps rearranged, and the targets."""
@@ -237,14 +256,15 @@ class Capture:
             return
         named = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
         seen = named.pop("input")
-        if self._waiting is None or not seen.requires_grad or self.loss.likelihood is None:
+        if not self._waiting or not seen.requires_grad or self.loss.likelihood is None:
             return
+        forward = self._made_of(seen)
         if not self.loss.indispensable:
             try:
-                self._waiting.rearrange = rearrangement(self._waiting.output, seen)
+                forward.rearrange = rearrangement(forward.output, seen)
             except ValueError:  # the gradient will tell which targets count
                 return
-        forward, self._waiting = self._waiting, None
+        self._waiting.remove(forward)
         assert self.loss.weigh is not None
         self.loss.likelihood.check(seen)
         with torch.no_grad():
@@ -253,17 +273,29 @@ class Capture:
         forward.seen, forward.output, forward.find = forward.output, seen, None
         self._gather(forward, [Origin(seen)])
 
+    def _made_of(self, seen: Tensor) -> Forward:
+        """The waiting pass of whose output the loss module's input was made; the latest, where that cannot be told."""
+        edges = [get_gradient_edge(forward.output) for forward in self._waiting]
+        return self._waiting[max(met_first(get_gradient_edge(seen), edges), default=-1)]
+
     def _watch_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> None:
         """What the training loop multiplies the loss by arrives as the gradient of its value."""
-        forward = self.batch.latest if self.attached else None
-        if forward is not None and value.requires_grad and forward.is_input(args[0] if args else kwargs["input"]):
-            value.register_hook(forward.add_multiplier)
-
-    def _without_loss(self, forward: Forward, order: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
-        """The backward pass begins, and the module was not called, or saw what cannot be traced to the output."""
-        if self._waiting is not forward or self.loss.likelihood is None:
+        if not (self.attached and value.requires_grad):
             return
-        self._waiting = None
+        given = args[0] if args else kwargs["input"]
+        for forward in (batch.latest for batch in self.ahead):
+            if forward is not None and forward.is_input(given):
+                value.register_hook(forward.add_multiplier)
+
+    def _without_loss(self, waiting: weakref.ref[Forward], order: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
+        """The backward pass begins, and the module was not called, or saw what cannot be traced to the output."""
+        forward = waiting()
+        if forward is None or forward not in self._waiting or self.loss.likelihood is None:
+            return
+        self._waiting.remove(forward)
+        if self.loss.indispensable or forward.find is not None:
+            self._missed = True
+            return
         self.loss.likelihood.check(forward.output)
         forward.note(g := order(gradient))
         counted = self.loss.likelihood.counted(at_least_float32(forward.output), g)
@@ -272,36 +304,31 @@ class Capture:
         self._gather(forward, [])
 
     def _gather(self, forward: Forward, origins: Sequence[Origin]) -> None:
+        batch = Batch(self.loss, self.fisher)
         if (part := self._part(forward)).uses:
             # The user's autocast would round the products of rows to half precision.
             with torch.no_grad(), full_precision(forward.output.device.type):
-                for pairs in (p for use in forward.uses for p in alike([(call, call.inputs[0]) for call in use])):
-                    first, rows = pairs[0][0], torch.cat([call.layer.inputs(x) for call, x in pairs], dim=-2)
-                    moment = first.layer.input_moment(rows, self.sharing[first.owner.name])
-                    self.batch.sums(first).add_inputs(moment, first.blocks, first.inputs[1])
+                for use in forward.uses:
+                    batch.add_inputs(use, self.sharing)
                 if self.fisher in ("mc", "exact"):
-                    self._backpropagate(part)
+                    self._backpropagate(part, batch)
             if self.sampling and self.whole:
                 for use in forward.uses:
                     if use[0].rows in (forward.data, *forward.lengths):
-                        self.batch.sample(use, self.world.size)
+                        batch.sample(use, self.world.size)
         if forward.gradient is None:
             if self._passes.follows:
                 look = partial(self._passes.drop_what_lost_its_gradient, self.parameters)
                 for tensor in (origin.tensor for origin in origins if origin.tensor.requires_grad):
                     tensor.register_hook(look)
             forward.listen(origins)
-        self.batch.ears.append(forward.ear)
-        self.batch.forwards += 1
-        self.batch.data += forward.data
-        self.batch.terms += forward.terms(self.loss.likelihood)
         if self.fisher == "empirical":
-            self._passes.open += [use for use in forward.uses if len(use) > 1]
-        else:  # in the circle of a call and its use the graph would wait for the garbage collector
-            for use in (*forward.uses, *part.uses):
-                use.clear()
+            batch.open = forward.uses
+            for call in (call for use in batch.open for call in use):
+                call.edge = None  # or the graph would stay with the batch
         forward.release()
-        self.batch.latest = forward
+        batch.count(forward)
+        self._passes.end(batch)
 
     def _part(self, forward: Forward) -> Forward:
         """A pass of the data alone that enter the factors, where that is cheaper and comes to the same; else all."""
@@ -330,63 +357,33 @@ class Capture:
         whole = self.sampling or self.bases is not None
         return group(calls, lambda owner: whole or self.sharing[owner.name] == "reduce")
 
-    def _backpropagate(self, forward: Forward) -> None:
-        edges = [call.edge for use in forward.uses for call in use]
+    def _backpropagate(self, forward: Forward, batch: Batch) -> None:
+        calls = [call for use in forward.uses for call in use]
+        edges = [call.edge for call in calls if call.edge is not None]
         assert self.loss.likelihood is not None
         samples = None if self.fisher == "exact" else self.mc_samples
         for vector, weight in vectors(forward, self.loss.likelihood, samples, self._draw()):
             grads = torch.autograd.grad(
                 forward.output, edges, vector.to(forward.output.dtype), retain_graph=True, allow_unused=True
             )
-            each = iter(grads)
+            for call, g in zip(calls, grads, strict=True):
+                call.g = None if g is None else call.chosen(g)
             for use in forward.uses:
-                self._add_gradients(use, [next(each) for _ in use], weight)
+                batch.add_gradients(use, weight, self.sharing, self.bases)
 
-    def _add_empirical(self, call: Call, g: Tensor) -> None:
-        if self._calls is not None:  # the network's own pass
+    def _add_empirical(self, captured: weakref.ref[Call], g: Tensor) -> None:
+        call = captured()
+        if call is None or self._calls is not None:  # thrown away; or the network's own pass
             return
-        call.g = g.detach()
-        if all(other.g is not None for other in call.use):
-            self._finish(call.use)
+        g = call.chosen(g.detach())
+        call.g = g if call.g is None else call.g + g
 
-    def _finish(self, use: list[Call]) -> None:
-        """Add the user's gradients; there is none at a call that the loss does not depend on."""
-        grads = [call.g for call in use]
-        if any(g is not None for g in grads):
+    def _finish(self, batch: Batch) -> None:
+        """Add the gradients of the user's backward pass, or of several."""
+        for use in batch.open:
             with torch.no_grad(), full_precision(use[0].x.device.type):
-                self._add_gradients(use, grads, 1.0)
-            for call in use:
-                call.g = None
-
-    def _add_gradients(self, use: list[Call], grads: list[Tensor | None], weight: float) -> None:
-        came = [(c, c.layer.gradients(c.chosen(g), c.x)) for c, g in zip(use, grads, strict=True) if g is not None]
-        for pairs in alike(came):
-            first, rows = pairs[0][0], torch.cat([g for _, g in pairs], dim=-2)
-            total = first.layer.gradient_moment(rows, self.sharing[first.owner.name])
-            self.batch.sums(first).add_gradients(total, first.blocks, weight * first.upscale)
-        bases = self.bases(use[0].owner) if self.bases is not None and use[0].owner.per_datum else None
-        if came and bases is not None:
-            first = came[0][0]
-            bases = bases if first.layer.blocks is None else (bases[0][first.blocks], bases[1][first.blocks])
-            x, g = positions(first.owner, [(call.layer, call.layer.inputs(call.x), g) for call, g in came])
-            total = first.layer.squared_gradients(x, g, bases)
-            self.batch.add_squares(first.owner, total, first.blocks, weight * first.upscale)
-
-    def _choose(self, layer: Layer, z: Tensor) -> tuple[slice | Tensor, float, Tensor | None]:
-        """Some data, drawn anew at each forward; all data over these; and the data that enter A, if they are more."""
-        n, wide = z.shape[layer.data_dim], 0
-        if z.ndim < 2 or n == 0 or not self.attached:
-            return slice(None), 1.0, None
-        if self.batch_fraction == "auto":
-            rows, data = z.numel() // layer.channels * self.world.size, n * self.world.size
-            share, wide = share_needed(rows, data, max(layer.shape)), int(share_of_inputs(rows, data) * n)
-            kept = math.ceil(share * n - 1e-6)  # one row too few would be averaged over steps
-        else:
-            kept = max(1, round(self.batch_fraction * n))
-        if kept >= n:
-            return slice(None), 1.0, None
-        order = shuffled(n, self._forward_seed).to(z.device)
-        return order[:kept], n / kept, order[:wide] if wide > kept else None
+                batch.add_gradients(use, 1.0, self.sharing, self.bases)
+        batch.open = []
 
     def _draw(self) -> int:
         """The seed of this forward's draws, different for every step, micro-batch and rank."""

@@ -159,10 +159,8 @@ def directional_derivative(
         told: Is told why there is none, and they are differences.
     """
     try:
-        with warnings.catch_warnings():
-            # torch warns of its own use of it, at the first call: 2.13 a DeprecationWarning, 2.14 a FutureWarning.
-            warnings.filterwarnings("ignore", message="`torch.jit.script`")
-            return torch.func.jvp(output, (parameters,), (direction,))  # type: ignore[return-value]  # no has_aux
+        _load_rules()
+        return torch.func.jvp(output, (parameters,), (direction,))  # type: ignore[return-value]  # no has_aux
     except (NotImplementedError, RuntimeError) as error:  # fused recurrent kernels, custom functions
         reason = str(error)
     if any(p.dtype != torch.float64 for p in parameters.values()):
@@ -173,6 +171,17 @@ def directional_derivative(
     _tell_once(reason)
     told(reason)
     return central_difference(output, parameters, direction)
+
+
+@functools.cache
+def _load_rules() -> None:
+    """Let torch load its rules, when it warns of its own code: 2.13 by a DeprecationWarning, 2.14 a FutureWarning.
+
+    Once only, as Python shows all warnings of the process anew after any filter was changed.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit.script`")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 
 def by_dual_numbers(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:

@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.batch import Forward, shuffled
+from natgrad.calls import shuffled
 from natgrad.derivatives import SMOOTH, Agreement, Outputs, along, directional_derivative, length, without_graph
 from natgrad.distributed import Ranks, is_sharded, whole
+from natgrad.forward import Forward
 from natgrad.layers import at_least_float32, uses_batch_statistics
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights

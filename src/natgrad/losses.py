@@ -11,8 +11,8 @@ NLLLoss                w_y, zero where ignored                Σ w_y
 BCEWithLogitsLoss      w (1 + (pos_weight − 1) y)             number of entries
 GaussianNLLLoss        1 / variance                           number of entries
 KLDivLoss              Σ_k q_k                                (not ``"mean"``, which torch is about to change)
-HuberLoss, SmoothL1,   loss / ½ error², at most its value     number of entries
-L1Loss                 near zero error
+HuberLoss, SmoothL1,   slope / error, at most its value near  number of entries
+L1Loss                 zero error
 ====================== ====================================== =========================================
 
 with q the target distribution after smoothing. Robust losses have no curvature, or none where errors are large; theirs

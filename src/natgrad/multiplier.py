@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.batch import Forward
 from natgrad.distributed import Ranks
 from natgrad.fingerprint import fingerprint
+from natgrad.forward import Forward
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.local_model import LocalModel
@@ -72,8 +72,14 @@ def at_least(forward: Forward, likelihood: Likelihood, terms: float) -> tuple[fl
     Returns:
         The bound, 0 where nothing is known, and whether it is attained.
     """
-    if forward.multiplier is not None:
-        return float(forward.multiplier), True
+    if forward.multiplier is not None and (number := float(forward.multiplier)):
+        if number < 0:
+            raise ValueError(
+                f"the loss that natgrad was given enters the training loop's loss times {number:g}, and natgrad "
+                "minimizes it: change the sign, or give natgrad the module of another loss."
+            )
+        # The module's value has the divisor of this pass alone, the declared loss that of all passes of the step.
+        return number * likelihood.scale(forward.terms(likelihood)) / likelihood.scale(terms), True
     if forward.gradient is None or not forward.gradient.numel() or forward.find is not None:
         return 0.0, False
     data = len(forward.output)

@@ -83,7 +83,7 @@ class View:
         if all(any(head is one for one in returned) for head in heads):
             return themselves, None
         edges = [get_gradient_edge(one) if one.requires_grad else None for one in returned]
-        met = [_met(get_gradient_edge(head), edges) if head.requires_grad else set[int]() for head in heads]
+        met = [met_first(get_gradient_edge(head), edges) if head.requires_grad else set[int]() for head in heads]
         if all(
             len(places) == 1 and _is_rearranged(head, returned[min(places)])
             for head, places in zip(heads, met, strict=True)
@@ -176,7 +176,7 @@ def _tensors(raw: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim]
 
 
-def _met(start: GradientEdge, edges: Sequence[GradientEdge | None]) -> set[int]:
+def met_first(start: GradientEdge, edges: Sequence[GradientEdge | None]) -> set[int]:
     """Which of the edges are met first on the ways up from one of them or from another."""
     met, seen = set[int](), set[tuple[Node, int]]()
     ahead: list[tuple[Node | None, int]] = [(start.node, start.output_nr)]

@@ -6,10 +6,13 @@ saw. Neither is told to anybody, but the graph of the one goes without a gradien
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from natgrad.batch import Batch
-from natgrad.calls import Call
+
+# So many passes are told apart until their backward pass; the sums of each take the memory of all factors.
+APART = 8
 
 
 class Passes:
@@ -17,23 +20,23 @@ class Passes:
 
     Args:
         new: Makes an empty one.
-        finish: Adds the gradients of the user's backward pass to one use's statistics.
+        finish: Adds the gradients of the user's backward pass to what was captured of one forward pass.
         hears: Whether a gradient of the user's loss has ever arrived.
 
     Attributes:
-        batch: Of the forward passes whose backward pass may still come.
-        open: Uses that wait for gradients of the user's backward pass.
+        ahead: Forward passes whose backward pass may still come.
     """
 
-    def __init__(self, new: Callable[[], Batch], finish: Callable[[list[Call]], None], hears: bool = False) -> None:
+    def __init__(self, new: Callable[[], Batch], finish: Callable[[Batch], None], hears: bool = False) -> None:
         self._new, self._finish, self.hears = new, finish, hears
-        self.batch, self.open = new(), list[list[Call]]()
+        self.ahead = list[Batch]()
         self._earlier: Batch | None = None  # of forwards whose backward pass is over
 
     @property
     def forwards(self) -> int:
         """Number of the passes so far."""
-        return self.batch.forwards + (0 if self._earlier is None else self._earlier.forwards)
+        gathered = self.ahead if self._earlier is None else [self._earlier, *self.ahead]
+        return sum(batch.forwards for batch in gathered)
 
     @property
     def follows(self) -> bool:
@@ -47,17 +50,30 @@ class Passes:
             parameters: Whose gradients are looked at.
         """
         self._drop_what_was_evaluated()
-        if self.batch.latest is not None and self.batch.latest.gradient is not None:
-            self._put_aside()
-        self.drop_what_lost_its_gradient(parameters)
+        over = [batch for batch in self.ahead if batch.is_heard]
+        self.ahead = [batch for batch in self.ahead if not batch.is_heard]
+        self._put_aside(over)
+        # In a backward pass, where a checkpointed model runs again, gradients are on their way.
+        if torch._C._current_graph_task_id() == -1:
+            self.drop_what_lost_its_gradient(parameters)
+
+    def end(self, batch: Batch) -> None:
+        """A forward pass is over, of which this was captured."""
+        self.ahead.append(batch)
+        if len(self.ahead) > APART:
+            first, second, *others = self.ahead
+            second.follow(first)
+            self.ahead = [second, *others]
 
     def take(self) -> Batch:
         """Hand over what was captured and start anew."""
         self._drop_what_was_evaluated()
-        self._put_aside()
-        batch, self._earlier = self._earlier, None
-        assert batch is not None
-        return batch
+        if self.follows or any(batch.is_heard for batch in self.ahead):
+            # Of the others no backward pass can come any more, as the step changes the parameters.
+            self.ahead = [batch for batch in self.ahead if batch.is_heard]
+        self._put_aside(self.ahead)
+        batch, self._earlier, self.ahead = self._earlier, None, []
+        return batch or self._new()
 
     def drop_what_lost_its_gradient(self, parameters: Sequence[nn.Parameter], _: Tensor | None = None) -> None:
         """Called before a backward pass: where no gradient is left, earlier ones enter no step, nor may their data."""
@@ -66,22 +82,21 @@ class Passes:
 
     def drop(self) -> None:
         """Forget what was captured."""
-        self._earlier, self.open, self.batch = None, [], self._new()
+        self._earlier, self.ahead = None, []
 
-    def _put_aside(self) -> None:
-        """The backward pass of what was captured is over."""
-        for use in self.open:
-            self._finish(use)
-        self.open = []
-        if self._earlier is not None:
-            self.batch.follow(self._earlier)
-        self._earlier, self.batch = self.batch, self._new()
+    def _put_aside(self, over: Sequence[Batch]) -> None:
+        """The backward pass of these is over."""
+        for batch in over:
+            self._finish(batch)
+            if self._earlier is not None:
+                batch.follow(self._earlier)
+            self._earlier = batch
 
     def _drop_what_was_evaluated(self) -> None:
         """Passes whose graphs are gone without a gradient were not trained on, if gradients are heard of at all."""
-        self.hears = self.hears or any(ear.heard for ear in self.batch.ears)
-        if self.hears and all(ear.is_deaf for ear in self.batch.ears):
-            self.batch = self._new()
+        self.hears = self.hears or any(batch.is_heard for batch in self.ahead)
+        if self.hears:
+            self.ahead = [batch for batch in self.ahead if not batch.is_deaf]
 
 
 def is_there(gradient: Tensor | None) -> bool:

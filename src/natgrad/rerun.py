@@ -1,6 +1,6 @@
 """The model once more, on some of the data of a forward pass, as if nobody had called it.
 
-What enters is a :class:`~natgrad.batch.Forward`, what leaves is what the model makes of a part of its data. Stage 7
+What enters is a :class:`~natgrad.forward.Forward`, what leaves is what the model makes of a part of its data. Stage 7
 measures curvature and loss there, and stage 3 sends its own vectors back through such a pass where that comes to the
 same as through the user's, and to much less work: the gradient of a datum does not depend on the others, unless they
 meet in batch statistics, and not on chance, unless there is dropout. Whether it does is seen at the outputs.
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from natgrad.batch import Forward
 from natgrad.calls import Call
 from natgrad.chance import Chance, streams_left_alone
 from natgrad.distributed import is_sharded, shards_left_alone
+from natgrad.forward import Forward
 from natgrad.layers import uncompiled
 from natgrad.losses import Weights
 

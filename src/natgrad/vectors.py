@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from natgrad.batch import Forward
+from natgrad.forward import Forward
 from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 

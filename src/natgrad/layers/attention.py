@@ -98,7 +98,10 @@ class ProjectionLayer(Layer):
         own = self.parameters[0]
         if weight.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
             return None
-        start = (weight.storage_offset() - own.storage_offset()) // own.stride(0) // self.shape[0]
+        offset = weight.storage_offset() - own.storage_offset()
+        if not 0 <= offset < own.numel():  # all parameters may be views of one tensor
+            return None
+        start = offset // own.stride(0) // self.shape[0]
         return slice(start, start + weight.shape[0] // self.shape[0])
 
 

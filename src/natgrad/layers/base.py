@@ -105,7 +105,8 @@ class Layer(ABC):
 
     def watch(self, recorder: Recorder) -> list[RemovableHandle]:
         """Report every call of the module to ``recorder`` until the returned handles are removed."""
-        return [self.module.register_forward_hook(partial(self._report, recorder), with_kwargs=True)]
+        # Before all others: a hook of the user's may return something else than the layer's own output.
+        return [self.module.register_forward_hook(partial(self._report, recorder), with_kwargs=True, prepend=True)]
 
     def _report(
         self, recorder: Recorder, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor
