@@ -410,3 +410,12 @@ def test_a_rate_and_a_variance_of_zero_have_a_likelihood() -> None:
 
 def test_equal_weights_are_none() -> None:
     assert shares_of(labelled, torch.full((9,), 7.0), logits((9, 4))) is None
+
+
+def test_a_loss_that_is_none_of_log_probabilities_is_told_of() -> None:
+    """Catches a CTC loss of log-probabilities that was declared as NLLLoss: nothing was learnt, without a word."""
+    scores = torch.randn(6, 1, 4).log_softmax(2).requires_grad_()
+    torch.nn.functional.ctc_loss(scores, torch.tensor([[1, 2]]), torch.tensor([6]), torch.tensor([2])).backward()
+    with pytest.warns(RuntimeWarning, match=r'of which no entry is above zero.*a CTC loss as "cross_entropy"'):
+        LogCategorical().check_gradient(scores.grad.squeeze(1))
+    LogCategorical().check_gradient(-torch.eye(4))

@@ -242,7 +242,8 @@ def test_training_that_stands_still_is_told_of(predicted: float) -> None:
         refusals.note(0.0, told)
     with pytest.warns(RuntimeWarning, match=r"5 steps in a row were not taken.*large penalty"):
         refusals.note(0.0, told)
-    refusals.note(0.0, told)
+    for alpha in (0.0, 0.1, *[0.0] * rates.REFUSED):
+        refusals.note(alpha, told)
 
 
 def test_steps_refused_where_all_is_learnt_are_none_of_the_users_concern() -> None:

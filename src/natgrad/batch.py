@@ -4,6 +4,7 @@
 make A and G in units of the loss.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,8 @@ from natgrad.factors import Factors, Statistics, grown, join
 from natgrad.forward import Ear, Forward
 from natgrad.layers import Bases, Layer, Sharing
 from natgrad.losses import Loss
+
+_logger = logging.getLogger("natgrad")
 
 Fisher = Literal["mc", "exact", "empirical", "forward"]
 
@@ -94,6 +97,22 @@ class Batch:
         """All sums, for a look at whether they are finite."""
         yield from (tensor for statistics in self.statistics.values() for tensor in statistics.tensors())
         yield from self.spectra.values()
+
+    def tell_what_is_not_finite(self, step: int, skipped: int, gradients: Mapping[str, Tensor]) -> None:
+        """Log why a step is skipped; not every time, if that is so for long.
+
+        Args:
+            step: Number of steps taken.
+            skipped: Of those skipped, with this one.
+            gradients: Of the parameters, by name.
+        """
+        if skipped.bit_count() > 1:
+            return
+        culprits = [f"the gradient of {name}" for name, g in gradients.items() if not all_finite([g])]
+        if self.latest is not None and not all_finite([self.latest.output]):
+            culprits.insert(0, "the model's output")
+        culprits.append("a statistic")
+        _logger.warning("natgrad: step %d is skipped, as %s is not finite (%d so far)", step, culprits[0], skipped)
 
     def rows(self, name: str) -> tuple[int, float]:
         """Number of rows in A of the layer called ``name``, and of those that they stand for."""
@@ -174,7 +193,9 @@ class Batch:
                     "was given to natgrad itself, not its parts, with gradients enabled. Of a compiled model give it "
                     "what `torch.compile` returned (not `model.compile()`), before the first call. Checkpoint "
                     "activations with `use_reentrant=False`. If its parameters are used and the layer is never called, "
-                    'leave them to AdamW: a group {"params": …, "fallback": True} among the `params` of natgrad.KFAC.'
+                    f"leave them to AdamW: own = set(model.{layer.name}.parameters()); natgrad.KFAC(model, loss, "
+                    'params=[{"params": [p for p in model.parameters() if p not in own]}, {"params": list(own), '
+                    '"fallback": True}]).'
                 )
             if not seen and not gradients and step == 0:
                 resting.append(repr(layer.name))

@@ -29,14 +29,14 @@ from natgrad.batch import Batch, Fisher, full_precision
 from natgrad.calls import Call, choose, group
 from natgrad.chance import Chance
 from natgrad.distributed import World
-from natgrad.forward import Forward
+from natgrad.forward import Forward, versions
 from natgrad.joint import differing_lengths
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, is_transformed, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
 from natgrad.outputs import Origin, View, met_first, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
 from natgrad.passes import Passes
-from natgrad.rerun import again, few, modes, stands_for
+from natgrad.rerun import Arguments, again, few, in_other_containers, modes, stands_for
 from natgrad.vectors import vectors
 
 # Of torch's loss modules, in this order.
@@ -88,6 +88,7 @@ class Capture:
         self.attached = self.whole = True
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
         self.step = self._forward_seed = 0
+        self._arguments: tuple[Arguments, tuple[int, ...]] = ((), {}), ()  # while the root module's forward runs
         self.bases: Callable[[Layer], Bases | None] | None = None
         self._passes = self._of_no_pass()
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
@@ -109,7 +110,7 @@ class Capture:
         modules = {id(layer.module) for layer in layers if layer.name in sharing}
         self._handles = [h for layer in layers if id(layer.module) in modules for h in layer.watch(self)]
         self._handles += [
-            self._model.register_forward_pre_hook(self._before_model),
+            self._model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             self._model.register_forward_hook(self._clean_up, always_call=True),
             self._model.register_forward_hook(self._after_model, with_kwargs=True),
         ]
@@ -176,11 +177,12 @@ class Capture:
         if missed:
             raise RuntimeError(
                 f"the loss module given to natgrad, {self.loss.module!r}, was not called with the model's output: call "
-                "that very module in the training loop, as natgrad learns from it which targets count and how much."
+                "that very module in the training loop, as natgrad learns from it which targets count and how much; "
+                'or declare the loss by name, such as "cross_entropy".'
             )
         return self._passes.take()
 
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():  # by `model.compile()`, which takes the hooks in; the layers will be missed
             return
         if not self.attached:
@@ -192,19 +194,19 @@ class Capture:
         looks = torch.is_grad_enabled() and not is_transformed()
         self._calls, self._chance = ([], Chance(module)) if looks else (None, None)
         self._forward_seed = self._draw()
+        self._arguments = in_other_containers((args, kwargs)), versions(args, kwargs)
         if looks and self.due:
             self._uncompiled.enter_context(uncompiled(module))
 
     def _clean_up(self, module: nn.Module, args: tuple[Any, ...], raw: Any) -> None:
         if not self.attached:
             return
-        failed = raw is None
         if self._nested:
-            self._nested -= int(failed)
+            self._nested -= int(raw is None)  # which is an exception
             return
         self._uncompiled.close()
         self._own_derivatives.stop()
-        if failed:
+        if raw is None:
             self._calls = self._chance = None
 
     def record(
@@ -235,12 +237,13 @@ class Capture:
             self._nested -= 1
             return
         calls, chance, self._calls, self._chance = self._calls, self._chance, None, None
+        ((args, kwargs), before), self._arguments = self._arguments, (((), {}), ())
         if calls is None or chance is None:
             return
         if not (output := self.view.join(heads := self.view.heads(raw))).requires_grad:
             return
         forward = Forward(args, kwargs, output, self._uses(calls), seed=self._forward_seed, chance=chance.if_drawn())
-        forward.lengths, forward.trained = differing_lengths(heads), self.parameters
+        forward.lengths, forward.trained, forward.versions = differing_lengths(heads), self.parameters, before
         forward.likelihood, forward.modes = copy(self.loss.likelihood), modes(unwrap(module))
         origins, forward.find = self.view.origins(raw, heads)
         if self.loss.module is None:
@@ -350,7 +353,7 @@ class Capture:
     def _is_watched(self) -> bool:
         """Whether hooks of others on the model, too, would take some of the data for all of them."""
         own = {handle.id for handle in self._handles}
-        return any(not own.issuperset(module._forward_hooks) for module in unwrap(self._model).modules())
+        return not all(own.issuperset(module._forward_hooks) for module in unwrap(self._model).modules())
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
         """Each call by itself, or together with ``"reduce"``, and where a datum's gradient is wanted, their sum."""

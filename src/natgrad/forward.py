@@ -5,15 +5,16 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from natgrad.calls import Call
 from natgrad.chance import Chance
@@ -23,6 +24,9 @@ from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 from natgrad.outputs import Find, Origin
+
+# Of two passes, one whose gradient at the output is less than this share of the other's tells nothing of the loss.
+WEAK = 0.1
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Forward:
         trained: Parameters of the layers; a pass that brings none of them a gradient is no backward pass of the loss.
         modes: Of its modules, see :func:`natgrad.rerun.modes`.
         likelihood: Of the declared loss; for several heads with the shapes of this pass's.
+        versions: Of the arguments' tensors before the pass, see :func:`versions`.
         lengths: Of the heads, if these have different numbers of data: then rows of the output are no data.
     """
 
@@ -85,6 +90,7 @@ class Forward:
     trained: Sequence[nn.Parameter] = ()
     modes: tuple[bool, ...] = ()
     likelihood: Likelihood | None = None
+    versions: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
 
     def listen(self, origins: Sequence[Origin]) -> None:
@@ -155,6 +161,11 @@ class Forward:
         self.uses, self.output = [], self.output.detach()
         self.seen = None if self.seen is None else self.seen.detach()
 
+    def tell_of_changed_arguments(self) -> None:
+        """Warn where the arguments are no longer what the pass saw."""
+        if self.versions and versions(self.args, self.kwargs) != self.versions:
+            _tell_of_arguments()
+
     def terms(self, likelihood: Likelihood | None) -> float:
         """What the loss's reduction divides by."""
         if likelihood is None:
@@ -164,15 +175,31 @@ class Forward:
         return likelihood.terms(self.output)
 
     def is_outweighed(self, other: "Forward | None") -> bool:
-        """Whether another pass, whose backward pass is done as well, tells more of the loss."""
+        """Whether another pass, whose backward pass is done as well, tells more of the loss.
+
+        That is the larger one, unless its gradient is next to nothing beside the other's.
+        """
         if other is None or other.gradient is None or self.gradient is None:
             return False
+        if min(self.told, other.told) < WEAK * max(self.told, other.told):
+            return self.told < other.told
         return other.data > self.data
+
+    @cached_property
+    def told(self) -> float:
+        """Sum of the absolute entries of the gradient: on any number of data as much, as that of a mean is."""
+        return 0.0 if self.gradient is None else float(self.gradient.abs().sum())
 
     @property
     def data(self) -> int:
         """N."""
         return (self.output if self.seen is None else self.seen).shape[0]
+
+
+def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """How often each tensor among the arguments has been written to."""
+    leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    return tuple(leaf._version for leaf in leaves if not leaf.is_inference())
 
 
 def _reaches(parameters: Sequence[nn.Parameter]) -> bool:
@@ -196,6 +223,17 @@ def _tell_of_derivatives() -> None:
         "as the residual of a differential equation or a penalty on a gradient does, natgrad cannot see it there, and "
         "steps will be poor: let a module return it from its `forward`, next to other outputs with a loss, and give "
         "natgrad that module. docs/getting_started.md has an example.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+@cache
+def _tell_of_arguments() -> None:
+    warnings.warn(
+        "natgrad: an argument of the model was changed in place, by its `forward` or before `step()`. To judge a step "
+        "natgrad evaluates the model on it once more, and sees other data: change a copy (`x = x - mean`, not "
+        "`x -= mean`), and refill the buffer of a batch after `step()`.",
         RuntimeWarning,
         stacklevel=3,
     )

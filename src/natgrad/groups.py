@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from natgrad.layers.partition import Partition
 from natgrad.options import check_rate
 
-# Three times AdamW's own default: steps are fewer, and what has no layer is mostly a scale or a table of positions.
-FALLBACK_RATE = 3e-3
+# Ten times AdamW's own default: steps are fewer, and what has no layer is mostly a scale or a table.
+FALLBACK_RATE = 1e-2
 # Of the whole optimizer, not of a group.
 WHOLE = ("momentum", "damping", "kl_clip")
 
@@ -30,7 +30,8 @@ def split(group: Mapping[str, Any], parts: Partition, names: Mapping[nn.Paramete
 
     Raises:
         TypeError: when it is not ordered, or holds something else than parameters.
-        ValueError: for a parameter that is not the model's, or a setting that a group cannot have.
+        ValueError: for a parameter that is not the model's or has sparse gradients, or a setting that a group cannot
+            have.
     """
     if group.get("maximize"):
         raise ValueError(
@@ -39,6 +40,11 @@ def split(group: Mapping[str, Any], parts: Partition, names: Mapping[nn.Paramete
     chosen = _parameters(group["params"], names)
     in_layer = {p for layer in parts.layers for p in layer.parameters}
     fallback = [p for p in chosen if group.get("fallback") or p not in in_layer]
+    if sparse := [names[p] for p in fallback if parts.reasons.get(names[p], "").startswith("sparse")]:
+        raise ValueError(
+            f"{sparse[0]!r} has sparse gradients, which AdamW cannot take: leave `sparse=True` out of its embedding, "
+            "or leave it out of `params` and let torch.optim.SparseAdam train it."
+        )
     left = set(fallback)
     layers = [p for p in chosen if p not in left]
     both = bool(layers and fallback)

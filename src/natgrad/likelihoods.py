@@ -241,6 +241,17 @@ class LogCategorical(Categorical):
 
     of_logits = False
 
+    def check_gradient(self, gradient: Tensor) -> None:
+        """Tell of entries above zero, too: to every target the loss is minus one of its inputs."""
+        super().check_gradient(gradient)
+        if (gradient > 0).any():
+            warnings.warn(
+                f"natgrad: the gradient that arrived at the output is not that of {self!r}, of which no entry is above "
+                'zero. Declare the loss that the loop calls, or natgrad will not train; a CTC loss as "cross_entropy".',
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """−onehot(y) with y drawn from the categorical distribution."""
         return super().sample(output, generator) - torch.softmax(output, dim=1)

@@ -39,7 +39,7 @@ from natgrad.layers import at_least_float32, uses_batch_statistics
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 from natgrad.outputs import rearrangement
-from natgrad.rerun import REFUSALS, modes, rerun, stratified, subsample, widened
+from natgrad.rerun import REFUSALS, in_modes, rerun, stratified, subsample, widened
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
 SHARE, MIN_DATA = 1 / 40, 128
@@ -250,7 +250,7 @@ class LocalModel:
 
     def _repeats(self, name: str) -> Agreement | None:
         """Whether the loop's own pass is repeated to rounding; None where the two are not to be compared."""
-        if self._state is None or self.forward.find is not None or modes(self.model) != self.forward.modes:
+        if self._state is None or self.forward.find is not None:
             return None
         return Agreement(self._state, name, REPEATED)
 
@@ -277,6 +277,19 @@ class LocalModel:
         return without_graph(outputs) if self._differentiates else outputs
 
     def _rerun(self, parameters: dict[str, Tensor]) -> Any:
+        with in_modes(self.model, self.forward.modes):
+            try:
+                return self._rerun_as_it_ran(parameters)
+            except RuntimeError:
+                raise
+            except Exception as error:
+                raise RuntimeError(
+                    "natgrad evaluated the model once more on the arguments of the loop's call, to judge a step, and "
+                    f"it failed: {error!r}. If `forward` uses up an argument, such as an iterator, give it a list; "
+                    "numbers as `lr` and `momentum` need no such evaluation."
+                ) from error
+
+    def _rerun_as_it_ran(self, parameters: dict[str, Tensor]) -> Any:
         once_more = partial(rerun, self.model, parameters, self.args, self.kwargs, self.forward.chance)
         if not self._differentiates:
             try:

@@ -45,7 +45,7 @@ class KFAC(torch.optim.Optimizer):
         loss: As for :class:`~natgrad.Preconditioner`.
         params: What is trained, as for every torch optimizer: parameters, named ones, or groups of them with their own
             ``lr`` and ``weight_decay``; all that require gradients, if left out. In each group AdamW trains those
-            without a layer, or all with ``"fallback": True``: with ``"lr"`` if it holds no others, else 3e-3.
+            without a layer, or all with ``"fallback": True``: with ``"lr"`` if it holds no others, else 1e-2.
         lr: A number, or ``"auto"``: the minimizer of the exact quadratic model. ``group["lr"]`` is then a factor that
             multiplies it, 1 to begin with, so that schedulers work in both cases.
         momentum: A number, or ``"auto"``: as for ``lr``. If both are automatic and batches turn out to be mostly noise,
@@ -136,7 +136,7 @@ class KFAC(torch.optim.Optimizer):
         """Where all parameters were to be trained: of those that were frozen, or not there, and have a gradient now."""
         trained = self.preconditioner.trained or ()
         named = self.preconditioner.model.named_parameters() if self._trains_all else ()
-        if names := [name for name, p in named if p.grad is not None and p not in trained]:
+        if names := [name for name, p in named if p.requires_grad and p.grad is not None and p not in trained]:
             self._trains_all = False
             warnings.warn(
                 f"natgrad: {', '.join(names[:3])}{' and others' * (len(names) > 3)} got a gradient, and will not be "
@@ -289,6 +289,7 @@ class KFAC(torch.optim.Optimizer):
         if not self.automatic_lr and (given_momentum is not None or not course.previous):
             return lr, given_momentum or 0.0
         multiplier = self._require_pass()
+        multiplier.forward.tell_of_changed_arguments()
         self._diagnostics.update(loss_multiplier=multiplier.loss, averaging=float(averaged is not None), shortening=1.0)
         if self.automatic_lr and multiplier.loss != 1.0:
             torch._foreach_div_(list(course.natural.values()), multiplier.loss)  # the curvature is so much larger

@@ -56,7 +56,8 @@ class View:
         if output.ndim < 1:
             raise ValueError(
                 "the model returned a scalar, and natgrad needs the output with the data as its first dimension: pass "
-                "`output=` to select the tensor that the loss sees."
+                "`output=` to select the tensor that the loss sees; if the model returns its loss, let it return that "
+                "tensor, too."
             )
         if self.loss.likelihood is not None and self.loss.module is None:
             self.loss.likelihood.check(output)
@@ -163,7 +164,8 @@ def rearrangement(returned: Tensor | None, given: Tensor) -> Callable[[Tensor], 
     raise ValueError(
         f"the loss module got an input of shape {tuple(given.shape)} that natgrad cannot trace to the model's output, "
         f"of shape {tuple(returned.shape)}: pass `output=` to natgrad, a function that makes the one from the other. "
-        "Where some entries are chosen by the data, choose them in the model, or mark the other targets as ignored."
+        "Where some entries are chosen by the data, choose them in the model, mark the other targets as ignored, or "
+        'declare the loss by name, "cross_entropy" or for any kind of error "mse": then the gradient tells what counts.'
     )
 
 

@@ -5,6 +5,7 @@ saw. Neither is told to anybody, but the graph of the one goes without a gradien
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +86,20 @@ class Passes:
         self._earlier, self.ahead = None, []
 
     def _put_aside(self, over: Sequence[Batch]) -> None:
-        """The backward pass of these is over."""
+        """The backward pass of these is over; of several in one, the largest gradient tells most of the loss."""
+        if not over:
+            return
         for batch in over:
             self._finish(batch)
-            if self._earlier is not None:
-                batch.follow(self._earlier)
-            self._earlier = batch
+        joined, *others = over
+        if others:
+            joined.latest = max((batch.latest for batch in over if batch.latest), key=attrgetter("told"))
+        for batch in others:
+            batch.follow(joined)
+            batch.latest, joined = joined.latest, batch
+        if self._earlier is not None:
+            joined.follow(self._earlier)
+        self._earlier = joined
 
     def _drop_what_was_evaluated(self) -> None:
         """Passes whose graphs are gone without a gradient were not trained on, if gradients are heard of at all."""

@@ -6,7 +6,6 @@ layer's first parameter: ``A``, ``G`` and ``age`` (the running average), ``noise
 stores, and ``step``.
 """
 
-import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping
@@ -35,7 +34,6 @@ from natgrad.schedule import Period
 from natgrad.trust import Trust
 
 State = MutableMapping[Tensor, dict[str, Any]]
-_logger = logging.getLogger("natgrad")
 
 
 class Preconditioner:
@@ -232,21 +230,20 @@ class Preconditioner:
         self.world.traffic.clear()
         exchange.share_batch(batch, self.layers, self.world)
         self._whole = {p: whole(p.grad) for p in parameters if is_sharded(p.grad)}
-        gradients = [g for p in parameters if (g := self.gradient(p)) is not None]
-        finite = all_finite([*gradients, *batch.tensors()])
+        gradients = {n: g for n, p in named.items() if (g := self.gradient(p)) is not None}
+        finite = all_finite([*gradients.values(), *batch.tensors()])
         self.multiplier = self._multiplier(batch, stands is not None)
         if self.multiplier is not None:
             if finite:  # first, as a scaler that has doubled would make the previous step look wrong
-                own = {n: g for n, p in named.items() if (g := self.gradient(p)) is not None}
-                self.multiplier.update(own, evaluate=stands is not None)
+                self.multiplier.update(gradients, evaluate=stands is not None)
             if stands is not None and not stands(self.multiplier, finite):
                 return False
         if not finite:
             self.skipped_steps += 1
-            _logger.warning("step %d skipped: a gradient or a statistic is not finite", self.steps)
+            batch.tell_what_is_not_finite(self.steps, self.skipped_steps, gradients)
             return False
         trains = batch.latest is not None and batch.latest.gradient is not None and batch.data > 0
-        if not trains and not any(g.any() for g in gradients):
+        if not trains and not any(g.any() for g in gradients.values()):
             return False
         if self.multiplier is not None:
             batch.multiplier, batch.scaler = self.multiplier.at_output, self.multiplier.scaler

@@ -89,10 +89,12 @@ class Refusals:
     Attributes:
         in_a_row: Number of the latest ones.
         most: The largest fall of the loss that a step promised.
+        told: Whether that was told of.
     """
 
     in_a_row: int = 0
     most: float = 0.0
+    told: bool = False
 
     def note(self, alpha: float, told: Told) -> None:
         """Look at a step that was tried, and warn once after several."""
@@ -101,12 +103,14 @@ class Refusals:
         promised = -told["predicted_change"] * 2.0 ** told["halvings"]
         self.most = max(self.most, promised)
         self.in_a_row = self.in_a_row + 1 if not (alpha or promised <= MEANT * self.most) else 0
-        if self.in_a_row == REFUSED:
+        if self.in_a_row == REFUSED and not self.told:
+            self.told = True
             warnings.warn(
                 f"natgrad: {REFUSED} steps in a row were not taken, as none lowers the loss that `loss` and `output` "
                 "tell of. If the loop's is another, such as a sum over several outputs, declare that: a dictionary of "
                 "losses by the keys of the outputs, or a `Likelihood` of your own. If it has a large penalty on the "
-                "parameters, use `weight_decay` in its place, or numbers as `lr` and `momentum`.",
+                "parameters, use `weight_decay` in its place, or numbers as `lr` and `momentum`. If it calls the model "
+                "many times and hands something on, as a state, let one module do that and return all outputs.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -57,6 +57,7 @@ def rerun(
         kwargs: Its keyword arguments.
         chance: Where its random streams begin, if not as they are now.
     """
+    args, kwargs = in_other_containers((args, kwargs))
     # Copies made in here may be written to under differentiation; captured ones may not.
     at, copies = places(model), {name: buffer.clone() for name, buffer in model.named_buffers()}
     everywhere = {place: tensor for name, tensor in {**tensors, **copies}.items() for place in at[name]}
@@ -70,6 +71,27 @@ def rerun(
 def modes(model: nn.Module) -> tuple[bool, ...]:
     """Which modules are in training mode."""
     return tuple(module.training for module in model.modules())
+
+
+def in_other_containers(arguments: Arguments) -> Arguments:
+    """The same tensors, and whatever else; the model may take things out of lists and dictionaries."""
+    return cast(Arguments, tree_map(lambda leaf: leaf, arguments))
+
+
+@contextmanager
+def in_modes(model: nn.Module, training: tuple[bool, ...]) -> Iterator[None]:
+    """Each module as it was during a pass, though the loop may have called ``model.eval()`` since."""
+    before, modules = modes(model), list(model.modules())
+    if len(training) != len(modules) or training == before:
+        yield
+        return
+    try:
+        for module, was in zip(modules, training, strict=True):
+            module.training = was
+        yield
+    finally:
+        for module, is_now in zip(modules, before, strict=True):
+            module.training = is_now
 
 
 def places(model: nn.Module) -> dict[str, list[str]]:

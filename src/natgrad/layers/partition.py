@@ -103,6 +103,8 @@ def _candidates(name: str, module: nn.Module) -> list[Layer] | str:
         return FROZEN
     shown = ".".join(part for part in name.split(".") if part != "_orig_mod")  # of a compiled part
     layers = [weight_norm.WeightNormLayer(layer) if parametrized else layer for layer in kind.split(shown, module)]
+    if any(p.is_complex() for layer in layers for p in layer.parameters):
+        return "its weights are complex"
     if not all(isinstance(p, nn.Parameter) for layer in layers for p in layer.parameters):
         return "what it computes with is no parameter, but made from one by a hook, as by torch.nn.utils.prune"
     return [layer for layer in layers if layer.trained]
