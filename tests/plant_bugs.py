@@ -318,6 +318,7 @@ BUGS = {
     "refusals told of again": Bug("rates.py", "if self.in_a_row == REFUSED and not self.told:", "if self.in_a_row == REFUSED:", RATES),
     "no look at log-probabilities' gradients": Bug("likelihoods.py", "if (gradient > 0).any():", "if False:", "test_likelihoods.py"),
     "rounded wherever one may": Bug("metric.py", "with rounding(self._rounds(averaged)):", "with rounding(True):", PRODUCTS),
+    "lengths never rounded": Bug("metric.py", "with lent as inverse, rounding(True):", "with lent as inverse:", PRODUCTS),
     "second moments rounded": Bug("layers/moments.py", "gram.copy_(rows.mT @ rows)", "gram.copy_((rows.mT.bfloat16() @ rows.bfloat16()).float())", PRODUCTS),
     "never rounded": Bug("products.py", "if pays and _allowed.get()", "if False and _allowed.get()", PRODUCTS),
     "small products rounded": Bug("products.py", "if pays and _allowed.get()", "if _allowed.get()", PRODUCTS),

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import natgrad
 from natgrad import products
 from natgrad.layers.moments import moment
+from natgrad.metric import Metric
 from natgrad.products import LEAST_SIDE, product, rounding
 from natgrad.trust import Trust
 from oracle import relative_error
@@ -101,23 +102,36 @@ def test_second_moments_keep_all_digits() -> None:
     assert {dtype for dtype, _ in made.seen} == {torch.float32}
 
 
-def dtypes_of_steps(averages: bool, monkeypatch: pytest.MonkeyPatch, **options: Any) -> set[torch.dtype]:
-    """In which large matrices are multiplied in two steps of a wide network."""
+def dtypes_in_steps(name: str, averages: bool, monkeypatch: pytest.MonkeyPatch, **options: Any) -> set[torch.dtype]:
+    """In which a method of the metric multiplies large matrices in two steps of a wide network."""
     monkeypatch.setattr(Trust, "averages", averages)
+    made, method = Products(), getattr(Metric, name)
+
+    def looked_at(*args: Any, **kwargs: Any) -> Any:
+        with made:
+            return method(*args, **kwargs)
+
+    monkeypatch.setattr(Metric, name, looked_at)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, SIDE), nn.Tanh(), nn.Linear(SIDE, SIDE), nn.Tanh(), nn.Linear(SIDE, 10))
     optimizer = natgrad.KFAC(model, loss="cross_entropy", **options)
     x, y = torch.randn(2 * SIDE, 20), torch.randint(10, (2 * SIDE,))
-    with Products() as made:
-        for _ in range(2):
-            optimizer.zero_grad()
-            cross_entropy(model(x), y).backward()
-            optimizer.step()
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    monkeypatch.setattr(Metric, name, method)
     return {dtype for dtype, side in made.seen if side >= SIDE}
 
 
-def test_steps_round_where_gradients_are_averaged_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_natural_gradients_are_rounded_where_gradients_are_averaged_and_only_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Light damping bears no rounding: the quarter-width autoencoder was at 32.7 after 25 steps in place of 4.4."""
-    assert dtypes_of_steps(False, monkeypatch) == {torch.float32}
-    assert dtypes_of_steps(True, monkeypatch) == {torch.float32, torch.bfloat16}
-    assert dtypes_of_steps(True, monkeypatch, damping=1e-3) == {torch.float32}
+    assert dtypes_in_steps("solve", False, monkeypatch) == {torch.float32}
+    assert dtypes_in_steps("solve", True, monkeypatch) >= {torch.bfloat16}
+    assert dtypes_in_steps("solve", True, monkeypatch, damping=1e-3) == {torch.float32}
+
+
+def test_lengths_are_rounded_whatever_the_damping(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.bfloat16 in dtypes_in_steps("_measure", False, monkeypatch)

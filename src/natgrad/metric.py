@@ -118,8 +118,7 @@ class Metric:
                 self._refresh(started, states, step)
                 self._measure(batch, states, matrix, anew=True)
         else:
-            with rounding(self._rounds(averages)):
-                self._measure(batch, states, matrix, anew=False)
+            self._measure(batch, states, matrix, anew=False)
         stale = missing | (self.moved & self.due(step))
         refreshed = [layer for layer in started if layer.name in stale]
         self.renewed = 2 * len(refreshed) > len(started)
@@ -177,7 +176,8 @@ class Metric:
         for layer in self.layers:
             samples = batch.samples.get(layer.name)
             if samples and (V := matrix(layer)) is not None and layer.name in self._agree(states):
-                with exchange.lent(layer, states[layer.name], self.inverse.names, self.world) as inverse:
+                lent = exchange.lent(layer, states[layer.name], self.inverse.names, self.world)
+                with lent as inverse, rounding(True):  # lengths bear it whatever the damping: they are sums, of samples
                     measured[layer.name] = noise.measure(layer, V, samples, self.inverse, inverse, batch.scaler)
         exchange.share_noise(measured, self.world)
         for name, sums in measured.items():

@@ -1,12 +1,12 @@
 """Products of large float32 matrices at the speed of hardware that multiplies rounded numbers.
 
 Tensor cores, and the newer units of processors, multiply matrices of bfloat16, with sums in float32, several times
-faster than those of float32. Its 8 digits are enough for natural gradients and their lengths where gradients are
-averaged over batches and damping is automatic: there that of A is never below a third of its mean eigenvalue, and they
-stay far nearer to the exact ones than two batches are to each other. With lighter damping it is not: rounding along the
-few large eigenvalues of A, such as that of the mean input, would bury what the small ones hold. Second moments are
-never rounded, as they would not stay positive, nor are passes of the model; and as soon as anybody has told torch how
-to multiply float32 matrices, nothing is.
+faster than those of float32. Its 8 digits are enough for the lengths that tell the noise of gradients, and for
+natural gradients where these are averaged over batches and damping is automatic: there that of A is never below a third
+of its mean eigenvalue, and they stay far nearer to the exact ones than two batches are to each other. With lighter
+damping it is not: rounding along the few large eigenvalues of A, such as that of the mean input, would bury what the
+small ones hold. Second moments are never rounded, as they would not stay positive, nor are passes of the model; and as
+soon as anybody has told torch how to multiply float32 matrices, nothing is.
 """
 
 from collections.abc import Iterator
