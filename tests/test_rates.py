@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
 from kfac_cases import assert_same, values
-from natgrad import rates, trust
+from natgrad import averaging, rates, trust
 from natgrad.averaging import DECAY, EVERY, SHORTEST_WINDOW, Pace, Progress
 from natgrad.factors import AVERAGED_DECAY
+from natgrad.multiplier import LossMultiplier
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -265,6 +266,34 @@ def test_steps_on_noise_become_shorter() -> None:
         optimizer.step()
     assert optimizer.diagnostics()["shortening"] < 0.2
     assert sum(losses[-50:]) / 50 < 1.1
+
+
+def test_an_error_that_explodes_makes_steps_refutable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looked back at steps after the first window, and a loss of distances went to 10²⁸."""
+    optimizer, data = natgrad.KFAC(network(), "mse"), noise("mse", 32)
+    told, promise = list[bool](), LossMultiplier.promise
+
+    def noted(self: LossMultiplier, slope: float, bend: float, evident: bool = True) -> None:
+        told.append(evident)
+        promise(self, slope, bend, evident)
+
+    monkeypatch.setattr(LossMultiplier, "promise", noted)
+    for scale in (*[1.0] * 60, 5.0):
+        x, y = next(data)
+        backward(optimizer, "mse", x, scale * y)
+        optimizer.step()
+    assert told[-2:] == [False, True]
+
+
+def test_an_error_a_hundred_times_as_large_is_told_of() -> None:
+    averaging._tell_of_divergence.cache_clear()
+    pace = Pace({"progress": torch.tensor(Progress(before=2.0))})
+    assert not pace.has_lost(19.0)
+    assert pace.has_lost(21.0)
+    with pytest.warns(RuntimeWarning, match="more than ten times as long as it was"):
+        assert pace.has_lost(201.0)
+    assert pace.has_lost(1e9)  # and told of once
+    assert not Pace({"progress": torch.tensor(Progress())}).has_lost(1e9)
 
 
 @pytest.mark.parametrize("interrupted", [3, 4])

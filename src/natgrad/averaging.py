@@ -25,7 +25,9 @@ Measured in ``docs/decisions.md``.
 """
 
 import math
+import warnings
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +49,8 @@ WINDOW, SHORTEST_WINDOW = 0.25, 8
 # Error must fall by this share from one window to the next, or f by SHRINK, unless the loss still falls where steps end
 # by CERTAIN standard deviations; f grows where more than PERSISTENT of the slope persists on average.
 GAIN, SHRINK, CERTAIN, PERSISTENT = 0.002, 0.7, 1.0, 0.3
+# A squared gradient at the output this many times what it was in the window before says that training diverges.
+LOST = 10.0
 # So often entries that are next to nothing are set to it: before the next time they do not become much less.
 FLUSHED = 64
 # No pace is below this, as where the outputs do not change.
@@ -218,6 +222,12 @@ class Pace:
         """Whether the first window is not over. The average is of few batches then, and its steps may be refuted."""
         return not self._progress.before
 
+    def has_lost(self, error: float) -> bool:
+        """Whether the error is so much above what it was that no noise is that large, and steps may be refuted."""
+        if (before := self._progress.before) and error > LOST**2 * before:
+            _tell_of_divergence()
+        return error > LOST * before > 0
+
     @property
     def ratio(self) -> float:
         """ΔᵀFΔ / uᵀΔ."""
@@ -305,3 +315,15 @@ class Pace:
 
     def _set(self, name: str, values: Sequence[float]) -> None:
         self.state[name] = torch.tensor(values)
+
+
+@cache
+def _tell_of_divergence() -> None:
+    warnings.warn(
+        "natgrad: the gradient at the model's output has become more than ten times as long as it was. If the loss has "
+        "grown as well, and relates data, as one of distances between embeddings does: let a module return what a loss "
+        "of single data sees, such as these distances as logits, and give natgrad that module. If it has changed, make "
+        "a new optimizer. docs/troubleshooting.md has more.",
+        RuntimeWarning,
+        stacklevel=3,
+    )

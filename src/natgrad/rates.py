@@ -166,7 +166,8 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     promised = pace.promised if pace.known else multiplier.promised
     slopes = [dot(course.natural, course.gradient), dot(course.natural, averaged), course.slope()]
     own, slope, back = multiplier.ranks.mean(torch.stack([one.cpu() for one in slopes])).tolist()
-    pace.note(multiplier.error(), back)
+    error = multiplier.error()
+    pace.note(error, back)
     told: Told = {"shortening": pace.factor}
     multiplier.forget()
     if not (own > 0 and slope > 0):
@@ -190,7 +191,7 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     step = course.times * alpha
     bend = step**2 * slope * pace.ratio
     pace.take(kept, -step * slope, -step * own + bend / 2)
-    multiplier.promise(-step * slope, bend, evident=pace.is_young)
+    multiplier.promise(-step * slope, bend, evident=pace.is_young or pace.has_lost(error))
     return alpha, told
 
 
