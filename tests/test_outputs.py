@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import natgrad
+from linear_cases import stack
 from natgrad.losses import resolve
-from natgrad.outputs import View, rearrangement
+from natgrad.outputs import Selection, View, rearrangement
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -116,3 +118,81 @@ def test_a_part_or_a_copy_of_an_output_is_another_tensor(part: Callable[[Tensor]
     assert origin.tensor is raw
     assert find is not None
     assert find(raw) is raw
+
+
+# What the loop selects of the output.
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+SELECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gathered": lambda out: out.gather(1, torch.arange(len(out)).unsqueeze(1) % 4),
+    "indexed": lambda out: out[torch.arange(len(out)), torch.arange(len(out)) % 4],
+    "two of each": lambda out: out.gather(1, (torch.arange(len(out)).unsqueeze(1) + torch.tensor([0, 2])) % 4),
+    "columns": lambda out: out[:, 1:3],
+}
+
+
+def test_orders_of_selected_entries_are_kept() -> None:
+    out = random(5, 4).requires_grad_()
+    given = out[:, [2, 0, 3]]
+    found = Selection.between(out, given)
+    assert found is not None
+    other = random(5, 4)
+    assert torch.equal(found(other), other[:, [2, 0, 3]])
+    assert torch.equal(found.of(torch.tensor([3, 1]))(other[[3, 1]]), other[[3, 1]][:, [2, 0, 3]])
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda out: 2 * out[:, :2],
+        lambda out: out[:, [1, 1]],
+        lambda out: out[:, :2] + out[:, 2:],
+        lambda out: out.flip(0)[:, :2],
+        lambda out: out[:3, :2],
+        lambda out: out.detach()[:, :2].requires_grad_(),
+        lambda out: out[:, :2] + out[:, :2] - out[:, :2].detach(),  # of the same value, and not the same derivative
+    ],
+)
+def test_what_is_more_than_a_selection_is_none(made: Callable[[Tensor], Tensor]) -> None:
+    out = random(5, 4).requires_grad_()
+    assert Selection.between(out, made(out)) is None
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("loss", [nn.SmoothL1Loss(), nn.HuberLoss(delta=0.3)])
+def test_a_loss_of_selected_entries_trains_as_one_that_the_model_selects(name: str, loss: nn.Module) -> None:
+    """As of the actions that were taken, in Q-learning; on all data of a pass and on some."""
+
+    def trained(inside: bool) -> tuple[list[Tensor], list[float]]:
+        torch.manual_seed(0)
+        net = stack([3, 6, 4])
+        model = nn.Sequential(net, Select(SELECTIONS[name])) if inside else net
+        optimizer, changes = natgrad.KFAC(model, loss, fisher="exact", batch_fraction=1.0), []
+        for _ in range(4):
+            x = random(400, 3)
+            optimizer.zero_grad()
+            out = model(x)
+            seen = out if inside else SELECTIONS[name](out)
+            loss(seen, torch.sin(3 * seen.detach())).backward()
+            optimizer.step()
+            changes.append(optimizer.diagnostics(per_layer=False)["actual_change"])
+        return [p.detach() for p in model.parameters()], changes
+
+    (mine, changes), (theirs, expected) = trained(False), trained(True)
+    if name == "columns":  # which are the same of some of the data, so that these are chosen alike
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(changes, expected)
+    assert all(change < 0 for change in changes)
+
+
+class Select(nn.Module):
+    def __init__(self, select: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.select = select
+
+    def forward(self, out: Tensor) -> Tensor:
+        return self.select(out)

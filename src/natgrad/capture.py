@@ -33,7 +33,7 @@ from natgrad.forward import Forward, versions
 from natgrad.joint import differing_lengths
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, is_transformed, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
-from natgrad.outputs import Origin, View, met_first, rearrangement
+from natgrad.outputs import Origin, Selection, View, met_first, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
 from natgrad.passes import Passes
 from natgrad.rerun import Arguments, again, few, in_other_containers, modes, stands_for
@@ -262,12 +262,13 @@ class Capture:
         if not self._waiting or not seen.requires_grad or self.loss.likelihood is None:
             return
         forward = self._made_of(seen)
-        if not self.loss.indispensable:
-            try:
-                forward.rearrange = rearrangement(forward.output, seen)
-            except ValueError:  # the gradient will tell which targets count
+        try:
+            forward.rearrange = rearrangement(forward.output, seen)
+        except ValueError:
+            if not self.loss.indispensable:  # the gradient will tell which targets count
                 return
         self._waiting.remove(forward)
+        forward.rearrange = forward.rearrange or Selection.between(forward.output, seen)
         assert self.loss.weigh is not None
         self.loss.likelihood.check(seen)
         with torch.no_grad():

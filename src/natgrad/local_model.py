@@ -38,7 +38,7 @@ from natgrad.forward import Forward
 from natgrad.layers import at_least_float32, uses_batch_statistics
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
-from natgrad.outputs import rearrangement
+from natgrad.outputs import Selection, rearrangement
 from natgrad.rerun import REFUSALS, in_modes, rerun, stratified, subsample, widened
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
@@ -269,7 +269,8 @@ class LocalModel:
     def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The tensor whose gradient was noted, and the one that the loss sees."""
         raw = self._rerun({**self._gathered, **parameters})
-        output = at_least_float32(self.rearrange(self.select(raw)))
+        rearrange = self.rearrange.of(self.chosen) if isinstance(self.rearrange, Selection) else self.rearrange
+        output = at_least_float32(rearrange(self.select(raw)))
         if self._ruled_out is not None:  # masked logits, whose difference would not be a number
             output = output.masked_fill(self._ruled_out, torch.finfo(output.dtype).min / 4)
         outputs = output if self.forward.find is None else at_least_float32(self.forward.find(raw)), output

@@ -169,6 +169,42 @@ def rearrangement(returned: Tensor | None, given: Tensor) -> Callable[[Tensor], 
     )
 
 
+class Selection:
+    """Some entries of each datum, as those of the actions that were taken.
+
+    Args:
+        index: Their places among the datum's entries, (N, k).
+        shape: Of what is made of them, without the data.
+    """
+
+    def __init__(self, index: Tensor, shape: torch.Size) -> None:
+        self.index, self.shape = index, shape
+
+    def __call__(self, out: Tensor) -> Tensor:
+        """(N, …) → (N, *shape)."""
+        return out.flatten(1).gather(1, self.index).reshape(len(out), *self.shape)
+
+    def of(self, chosen: slice | Tensor) -> "Selection":
+        """The same of some of the data."""
+        return Selection(self.index[chosen], self.shape)
+
+    @classmethod
+    def between(cls, returned: Tensor, given: Tensor) -> "Selection | None":
+        """How the training loop selected the loss module's input, if it did no more than that.
+
+        Numbers that are sent back from the input arrive where its entries come from.
+        """
+        if returned.ndim < 2 or len(returned) != len(given) or given.numel() > 1 / torch.finfo(given.dtype).eps:
+            return None
+        numbers = torch.arange(1, given.numel() + 1, device=given.device).to(given.dtype).view_as(given)
+        (marks,) = torch.autograd.grad(given, returned, numbers, retain_graph=True, allow_unused=True)
+        if marks is None or not torch.equal(marks[marks != 0].sort().values, numbers.flatten()):
+            return None
+        places = marks.flatten(1).argsort(dim=1, descending=True, stable=True)[:, : given[0].numel()].flip(1)
+        found = cls(places, given.shape[1:])
+        return found if torch.equal(found(returned), given) else None
+
+
 def as_one(tensors: Sequence[Tensor]) -> Tensor:
     """A tensor as it is; several side by side."""
     return tensors[0] if len(tensors) == 1 else side_by_side(tensors)
