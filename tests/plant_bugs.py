@@ -323,6 +323,7 @@ BUGS = {
     "selected entries in the order of the output": Bug("outputs.py", "marks.flatten(1).argsort(dim=1, descending=True, stable=True)[:, : given[0].numel()].flip(1)", "(marks.flatten(1) > 0).long().argsort(dim=1, descending=True, stable=True)[:, : given[0].numel()]", "test_outputs.py"),
     "sums taken for selections": Bug("outputs.py", "if marks is None or not torch.equal(marks[marks != 0].sort().values, numbers.flatten()):", "if marks is None:", "test_outputs.py"),
     "selections not checked": Bug("outputs.py", "return found if torch.equal(found(returned), given) else None", "return found", "test_outputs.py"),
+    "another precision found out by a product": Bug("batch.py", "if A is not None and (A.dtype, A.device) != own:", "if False:", LOOPS),
     "rounded wherever one may": Bug("metric.py", "with rounding(self._rounds(averaged)):", "with rounding(True):", PRODUCTS),
     "lengths never rounded": Bug("metric.py", "with lent as inverse, rounding(True):", "with lent as inverse:", PRODUCTS),
     "second moments rounded": Bug("layers/moments.py", "gram.copy_(rows.mT @ rows)", "gram.copy_((rows.mT.bfloat16() @ rows.bfloat16()).float())", PRODUCTS),

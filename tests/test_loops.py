@@ -233,3 +233,17 @@ def test_what_is_not_finite_is_named_and_not_for_ever(caplog: pytest.LogCaptureF
             (2, "the model's output", 4),
         ]
     ]
+
+
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.float])
+def test_a_model_that_changes_its_precision_is_named(change: Callable[[nn.Module], nn.Module]) -> None:
+    """Instead of an error from a product of two precisions."""
+    model = stack([4, 6, 3])
+    optimizer = natgrad.KFAC(model, "mse")
+    take_step(model, optimizer, inputs())
+    change(model)
+    x = inputs().to(model[0].weight.dtype)
+    optimizer.zero_grad()
+    mse_loss(model(x), x[:, :3]).backward()
+    with pytest.raises(RuntimeError, match=r"layer '0' has become torch.float.* make the optimizer after"):
+        optimizer.step()

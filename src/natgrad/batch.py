@@ -262,6 +262,19 @@ class Batch:
         return one if layer.blocks is None else one.expand(layer.blocks, *one.shape).clone()
 
 
+def refuse_moved(layers: Sequence[Layer], states: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse layers whose factors are of another precision, or on another device, than their parameters are now."""
+    for layer in layers:
+        A, parameter = states[layer.name].get("A"), layer.parameters[0]
+        own = torch.promote_types(parameter.dtype, torch.float32), parameter.device
+        if A is not None and (A.dtype, A.device) != own:
+            raise RuntimeError(
+                f"layer {layer.name!r} has become {parameter.dtype} on {parameter.device} after natgrad gathered its "
+                f"curvature in {A.dtype} on {A.device}: make the optimizer after `model.to(…)`, and load the "
+                "state that it had into that."
+            )
+
+
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every entry is finite, with a single synchronization; both extremes are NaN where an entry is."""
     dense = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from natgrad import damping as dampings
 from natgrad import diagnostics, exchange, noise, schedule
 from natgrad import state as states
-from natgrad.batch import Batch, Fisher, all_finite, full_precision
+from natgrad.batch import Batch, Fisher, all_finite, full_precision, refuse_moved
 from natgrad.capture import Capture
 from natgrad.clipping import Gradient, clip_scale
 from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, reshard, whole
@@ -219,9 +219,10 @@ class Preconditioner:
             counted as a step.
 
         Raises:
-            RuntimeError: as for ``step``.
+            RuntimeError: as for ``step``; and for a layer whose precision or device has changed.
         """
         batch = self.capture.take()
+        refuse_moved(self.layers, self.states())
         reshard(self.model)
         named = {n: p for n, p in self.model.named_parameters() if self.trained is None or p in self.trained}
         parameters = [p for p in named.values() if p.grad is not None]
