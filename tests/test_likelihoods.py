@@ -419,3 +419,18 @@ def test_a_loss_that_is_none_of_log_probabilities_is_told_of() -> None:
     with pytest.warns(RuntimeWarning, match=r'of which no entry is above zero.*a CTC loss as "cross_entropy"'):
         LogCategorical().check_gradient(scores.grad.squeeze(1))
     LogCategorical().check_gradient(-torch.eye(4))
+
+
+def test_only_gradients_at_labels_of_log_probabilities_are_those_of_nll_loss() -> None:
+    output, label = torch.randn(5, 3).log_softmax(1), -torch.eye(3)[torch.tensor([0, 2, 1, 1, 0])]
+    assert isinstance(Categorical("sum").as_called(output, label), LogCategorical)
+    assert Categorical("sum").as_called(output, label).reduction == "sum"
+    for others, gradient in [
+        (output + 0.1, label),
+        (output, -label),
+        (output, label - 0.1),
+        (output, 0.0 * label),
+        (output, output.softmax(1) + label),
+        (output[:0], label[:0]),
+    ]:
+        assert type(Categorical().as_called(others, gradient)) is Categorical

@@ -1,12 +1,15 @@
 """What training loops do beside their passes: natgrad looks at the same network and data, or says that it cannot."""
 
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, mse_loss, nll_loss
+from torch.nn.utils import prune
 
 import natgrad
 from linear_cases import stack
@@ -246,4 +249,105 @@ def test_a_model_that_changes_its_precision_is_named(change: Callable[[nn.Module
     optimizer.zero_grad()
     mse_loss(model(x), x[:, :3]).backward()
     with pytest.raises(RuntimeError, match=r"layer '0' has become torch.float.* make the optimizer after"):
+        optimizer.step()
+
+
+# Losses of log-probabilities.
+
+
+def of_log_probabilities(
+    loss: str | nn.Module, called: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[list[Tensor], float]:
+    """After eight steps with dropout, and the multiplier of the loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3), nn.LogSoftmax(1))
+    optimizer = natgrad.KFAC(model, loss)
+    for i in range(8):
+        optimizer.zero_grad()
+        called(model(inputs(i)), labels(inputs(i))).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()], optimizer.diagnostics(per_layer=False)["loss_multiplier"]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", nn.NLLLoss()])
+def test_nll_loss_may_be_called_whatever_of_its_kind_was_declared(loss: str | nn.Module) -> None:
+    """As in torch's example of MNIST. Declared as NLLLoss, nothing moved after two steps, with a multiplier of 10³⁷."""
+    module = nn.NLLLoss()
+    expected, _ = of_log_probabilities(module, module)
+    found, multiplier = of_log_probabilities(loss, nll_loss)
+    assert multiplier == 1
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_a_loss_that_is_linear_in_the_output_tells_no_multiplier_by_its_bend() -> None:
+    """It has none; division by it told 10³⁷."""
+    weight = torch.tensor([1.0, 2.0, 0.5])
+    _, multiplier = of_log_probabilities(nn.NLLLoss(), partial(nll_loss, weight=weight))
+    assert 0.1 < multiplier < 10
+
+
+# What a step is part of.
+
+
+def test_a_step_may_be_in_what_is_compiled() -> None:
+    """It was traced line by line, for minutes."""
+    model, other = stack([4, 6, 3]), stack([4, 6, 3])
+    other.load_state_dict(model.state_dict())
+    optimizer, plain = natgrad.KFAC(model, "mse"), natgrad.KFAC(other, "mse")
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for _ in range(2):
+        take_step(other, plain, inputs())
+        optimizer.zero_grad()
+        mse_loss(model(inputs()), inputs()[:, :3]).backward()
+        step()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_a_model_that_is_pruned_later_needs_another_optimizer() -> None:
+    model = stack([4, 6, 3])
+    optimizer = natgrad.KFAC(model, "mse")
+    take_step(model, optimizer, inputs())
+    prune.random_unstructured(model[0], "weight", amount=0.5)
+    with pytest.raises(RuntimeError, match=r"a parameter is no longer there, as after pruning .* make a new optimizer"):
+        take_step(model, optimizer, inputs())
+
+
+class Positions(nn.Module):
+    """Uses the weight of an embedding that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Embedding(40, 4), stack([4, 6, 3])])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.parts[1](x + self.parts[0].weight[: len(x)])
+        return out
+
+
+def test_the_remedy_for_a_layer_that_is_never_called_is_one() -> None:
+    model, loss = Positions(), "mse"
+    with pytest.raises(RuntimeError, match=r"layer 'parts.0' has a gradient but natgrad saw no data") as error:
+        take_step(model, natgrad.KFAC(model, loss), inputs())
+    recipe = str(error.value).split("leave them to AdamW: ")[1].rstrip(".")
+    assigned, made = recipe.split("; ")
+    names: dict[str, Any] = {"model": model, "loss": loss, "natgrad": natgrad}
+    exec(assigned, names)
+    optimizer = eval(made, names)
+    assert [group["fallback"] for group in optimizer.param_groups] == [False, True]
+    take_step(model, optimizer, inputs())
+
+
+def test_passes_that_are_weighted_by_returns_are_not_taken_for_clipped() -> None:
+    """A policy gradient: the latest pass has another share in the gradients than its data have."""
+    policy = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
+    optimizer = natgrad.KFAC(policy, "cross_entropy")
+    warnings.filterwarnings("ignore", message=".*none lowers the loss")
+    for episode in range(12):
+        returns = torch.randn(20 + episode % 7).sort(descending=True).values
+        logits = [policy(torch.randn(1, 4)).log_softmax(1) for _ in returns]
+        optimizer.zero_grad()
+        chosen = [-p[0, int(p[0].exp().bernoulli()[0])] for p in logits]
+        (torch.stack(chosen) * returns).sum().backward()
         optimizer.step()

@@ -452,11 +452,42 @@ def test_nothing_is_looked_for_where_nobody_asks(numeric: bool, monkeypatch: pyt
 def test_steps_that_are_refused_tell_of_a_larger_loss_or_of_another() -> None:
     """Catches terms that were not declared, once they are found, taken for a loss that is multiplied by millions."""
     state: dict[str, Any] = {}
-    looked_at = Forward((), {}, torch.zeros(3, 1), [])
-    refused = LossMultiplier(state, lambda **_: pytest.fail("nobody asks"), looked_at, Gaussian(), 3.0)
+    refused = LossMultiplier(state, lambda **_: pytest.fail("nobody asks"), a_pass(), Gaussian(), 3.0)
     refused.reject()
     refused.reject()
     assert refused.loss == 2.0 ** (2 * HALVINGS)
     state["undeclared"] = torch.tensor([PATIENCE, 0.0, torch.nan])
     refused.reject()
     assert refused.loss == 1.0
+
+
+def test_no_loss_is_multiplied_by_any_number() -> None:
+    """Refusals told 10²⁶ of a critic, whose loss is linear in its output, and steps had no length for ever."""
+    refused = LossMultiplier({}, lambda **_: pytest.fail("nobody asks"), a_pass(), Gaussian(), 3.0)
+    told = []
+    for _ in range(8):
+        refused.reject()
+        told.append(refused.loss)
+    assert told == [2.0**8, 2.0**16, 2.0**24, *[1.0] * 5]
+
+
+def a_pass() -> Forward:
+    return Forward((), {}, torch.zeros(3, 1), [])
+
+
+class Line:
+    """A loss that is linear in the output has risen; as a local model tells it."""
+
+    multiplier = scaler = 1.0
+    parts = (-2.0, 0.0)
+
+    def change(self, step: object) -> float:
+        return -0.3
+
+
+def test_a_loss_that_does_not_bend_tells_no_multiplier() -> None:
+    """It was divided by its bend, and s became 10³⁷."""
+    state: dict[str, Any] = {"promise": torch.tensor([-1.0, 0.0, 1.0, 0.0])}
+    multiplier = LossMultiplier(state, lambda **_: Line(), a_pass(), Gaussian(), 3.0)  # type: ignore[arg-type, return-value]
+    multiplier.accepts({})
+    assert multiplier.loss == 1.0

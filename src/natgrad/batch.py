@@ -191,11 +191,11 @@ class Batch:
                 raise RuntimeError(
                     f"layer {layer.name!r} has a gradient but natgrad saw no data pass through it. Call the model that "
                     "was given to natgrad itself, not its parts, with gradients enabled. Of a compiled model give it "
-                    "what `torch.compile` returned (not `model.compile()`), before the first call. Checkpoint "
-                    "activations with `use_reentrant=False`. If its parameters are used and the layer is never called, "
-                    f"leave them to AdamW: own = set(model.{layer.name}.parameters()); natgrad.KFAC(model, loss, "
-                    'params=[{"params": [p for p in model.parameters() if p not in own]}, {"params": list(own), '
-                    '"fallback": True}]).'
+                    "what `torch.compile` returned (not `model.compile()`), before the first call, and compile no "
+                    "training loop. Checkpoint activations with `use_reentrant=False`. If its parameters are used and "
+                    f"the layer is never called, leave them to AdamW: own = set(model.get_submodule({layer.name!r})"
+                    '.parameters()); natgrad.KFAC(model, loss, params=[{"params": [p for p in model.parameters() if p '
+                    'not in own]}, {"params": list(own), "fallback": True}]).'
                 )
             if not seen and not gradients and step == 0:
                 resting.append(repr(layer.name))

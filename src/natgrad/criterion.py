@@ -24,7 +24,12 @@ class Likelihood(ABC):
     Args:
         reduction: ``"mean"`` and ``"sum"`` as torch's loss modules mean them; ``"batchmean"`` sums the criterion over
             each datum's outputs and averages over the data.
+
+    Attributes:
+        of_labels: Whether targets can only be labels, at each of which ∇c has the size that ``reach`` tells.
     """
+
+    of_labels = False
 
     def __init__(self, reduction: Reduction = "mean") -> None:
         if reduction not in get_args(Reduction):
@@ -79,6 +84,15 @@ class Likelihood(ABC):
         """
         return None
 
+    def as_called(self, output: Tensor, gradient: Tensor) -> "Likelihood":
+        """The likelihood of the loss that was called, where the gradient tells that it is another one of these outputs.
+
+        Args:
+            output: As everywhere.
+            gradient: Any positive multiple of ∇c, shaped like ``output``.
+        """
+        return self
+
     def counted(self, output: Tensor, gradient: Tensor) -> Tensor | None:
         """Which criteria the loss counts: ones and zeros, one entry where the classes are; None if it cannot be told.
 
@@ -112,7 +126,7 @@ class Likelihood(ABC):
             raise ValueError(
                 f"{self!r} needs a floating point output with the data as its first dimension, and the model returned "
                 f"{output.dtype} of shape {tuple(output.shape)}. Pass `output=` to natgrad to select the tensor that "
-                "the loss sees."
+                "the loss sees; if the model returns its losses, let it return what they are of, too."
             )
 
     def check_gradient(self, gradient: Tensor) -> None:

@@ -135,6 +135,11 @@ class Forward:
         self.ear.heard = True
         return True
 
+    def see_what_was_called(self) -> None:
+        """Let the likelihood be that of the loss which was called, if the gradient tells of another."""
+        if self.gradient is not None and self.find is None and self.likelihood is not None:
+            self.likelihood = self.likelihood.as_called(at_least_float32(self.output), self.gradient)
+
     def see_what_counts(self, likelihood: Likelihood) -> None:
         """Let criteria without a gradient weigh nothing from now on, if they tell and nobody else told.
 

@@ -123,6 +123,12 @@ class Categorical(Likelihood):
                 "as the loss sees it pass `output=`, for instance `output=lambda out: out.transpose(1, 2)`."
             )
 
+    def as_called(self, output: Tensor, gradient: Tensor) -> Likelihood:
+        """That of ``nll_loss``, where it was called with the log-probabilities that the model returns."""
+        if not gradient.numel() or not gradient.any() or (gradient > 0).any() or (gradient != 0).sum(1).amax() > 1:
+            return self
+        return LogCategorical(self.reduction) if output.logsumexp(1).abs().amax() < ALIKE else self
+
     def check_gradient(self, gradient: Tensor) -> None:
         """Refuse gradients that sum to zero over another dimension than that of the classes, and tell of others."""
         if not gradient.numel():
@@ -239,7 +245,7 @@ class LogCategorical(Categorical):
     the logits before ``log_softmax``.
     """
 
-    of_logits = False
+    of_logits, of_labels = False, True
 
     def check_gradient(self, gradient: Tensor) -> None:
         """Tell of entries above zero, too: to every target the loss is minus one of its inputs."""
@@ -247,7 +253,7 @@ class LogCategorical(Categorical):
         if (gradient > 0).any():
             warnings.warn(
                 f"natgrad: the gradient that arrived at the output is not that of {self!r}, of which no entry is above "
-                'zero. Declare the loss that the loop calls, or natgrad will not train; a CTC loss as "cross_entropy".',
+                'zero. Declare the loss that the loop calls, or steps will be poor; a CTC loss as "cross_entropy".',
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -264,7 +264,12 @@ class LocalModel:
             self.repeats.learn(at_least_float32(users), self._before[-1])
 
     def _parameters(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._gathered.get(name, self.model.get_parameter(name).detach()) for name in like}
+        try:
+            return {name: self._gathered.get(name, self.model.get_parameter(name).detach()) for name in like}
+        except AttributeError as error:
+            raise RuntimeError(
+                f"a parameter is no longer there, as after pruning ({error}): make a new optimizer for the model."
+            ) from error
 
     def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The tensor whose gradient was noted, and the one that the loss sees."""

@@ -32,18 +32,13 @@ from torch import Tensor
 from natgrad.distributed import Ranks
 from natgrad.fingerprint import fingerprint
 from natgrad.forward import Forward
-from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.local_model import LocalModel
 from natgrad.quadratic import HALVINGS
+from natgrad.targets import at_least
 from natgrad.trust import Trust
 from natgrad.undeclared import Undeclared
 
-# The targets are looked at in so many data at most, in fewer if these have so many entries, and in some of these.
-DATA, LOOKED_AT, ENTRIES = 64, 2**14, 4096
-# The largest ratios are S s if what they are divided by differs so many times more than they do, and by so much at
-# least: soft targets, of share q of the reach, would show up to the error q.
-EVIDENCE, VARIETY = 10.0, 0.01
 # A multiplier this close to one is one: its step is as good, and the arithmetic stays as without it.
 CLOSE = 0.05
 # A ratio beyond this says that something was multiplied; within it, that a batch is not the whole data.
@@ -57,60 +52,10 @@ SUSPECT = 3.0
 GROWTH = 1.5
 # So much smaller s becomes by one step at most: a short step shows noise rather than curvature.
 SHRINK = 0.1
+# No loss is multiplied by so much; a sum over millions of entries is, by a hundredth.
+IMPLAUSIBLE = 2.0**30
 # What is known of S is looked at again every so many steps.
 EVERY = 16
-
-
-def at_least(forward: Forward, likelihood: Likelihood, terms: float) -> tuple[float, bool]:
-    """A lower bound of S s from one forward and backward pass, and whether it is S s itself.
-
-    Args:
-        forward: The pass.
-        likelihood: Of the declared loss.
-        terms: What the declared loss's reduction divides by.
-
-    Returns:
-        The bound, 0 where nothing is known, and whether it is attained.
-    """
-    if forward.multiplier is not None and (number := float(forward.multiplier)):
-        if number < 0:
-            raise ValueError(
-                f"the loss that natgrad was given enters the training loop's loss times {number:g}, and natgrad "
-                "minimizes it: change the sign, or give natgrad the module of another loss."
-            )
-        # The module's value has the divisor of this pass alone, the declared loss that of all passes of the step.
-        return number * likelihood.scale(forward.terms(likelihood)) / likelihood.scale(terms), True
-    if forward.gradient is None or not forward.gradient.numel() or forward.find is not None:
-        return 0.0, False
-    data = len(forward.output)
-    enough = data if forward.lengths else min(DATA, max(1, LOOKED_AT * data // forward.output.numel()))
-    some = slice(None, None, max(1, data // enough))
-    g = forward.gradient[some]
-    reach = likelihood.reach(at_least_float32(forward.output[some]), g)
-    if reach is None:
-        return 0.0, False
-    if forward.weights is not None:
-        reach = reach * forward.weights.curvature[some]
-    precision = torch.finfo(forward.output.dtype)
-    # In 1 − p digits cancel, in p they do not.
-    kept = (g.abs() > 64 * precision.tiny * precision.eps) & ((g > 0) | (reach > precision.eps**0.5))
-    kept &= reach.isfinite() & (reach > 0)
-    return _top(g.abs()[kept], likelihood.scale(terms) * reach[kept])
-
-
-def _top(size: Tensor, reach: Tensor) -> tuple[float, bool]:
-    """The largest of size / reach, up to outliers, and whether many share it."""
-    if not size.numel():
-        return 0.0, False
-    if size.numel() > ENTRIES:
-        # At random, lest a regular pattern meet one output only.
-        at = torch.randint(size.numel(), (ENTRIES,), generator=torch.Generator().manual_seed(0)).to(size.device)
-        size, reach = size[at], reach[at]
-    ratio = size / reach
-    low, top = torch.quantile(ratio, ratio.new_tensor([0.75, 0.95])).tolist()
-    least, most = torch.quantile(reach[ratio >= low], ratio.new_tensor([0.05, 0.95])).tolist()
-    variety = 1 - least / most
-    return top, variety > max(VARIETY, EVIDENCE * (1 - low / top))
 
 
 class LossMultiplier:
@@ -211,8 +156,10 @@ class LossMultiplier:
         elif product != 1 or (evaluate and not (told or "multiplier" in self.state)):
             real = {name: g for name, g in gradients.items() if not g.is_complex()}
             scaler = _scaler(_ratio(real, self.local), product / loss, NOISE if told else 1.0)
+            # Of several passes the latest may well have another share in the gradients than its data have.
+            alone = self.forward.terms(self.likelihood) == self.terms
             if not told and scaler not in (1.0, self.scaler) and scaler < LARGE:
-                scaler = _unless_clipped(_ratio(real, self.of_all()))
+                scaler = _unless_clipped(_ratio(real, self.of_all())) if alone else 1.0
         if told:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
@@ -260,7 +207,7 @@ class LossMultiplier:
             return False
         change = self.changed_by(step)
         back, fresh_bend = self.local.parts
-        if self._is_trusted:
+        if self._is_trusted or not fresh_bend:  # a loss that is linear in the output tells nothing of s
             return not Trust(self.state).refutes(self.promised, change)
         # By the slope that its own batch saw at its start: so much of that is noise, and was never there on other data.
         noise = 0.0 if self.is_repeated else self._noise()
@@ -328,11 +275,16 @@ class LossMultiplier:
     def reject(self) -> None:
         """No step was short enough to lower the loss: if s was never seen to be right, it is too small.
 
-        Or else the loss has terms that were not declared; where these are found, s is what it was.
+        Or else the loss has terms that were not declared: where these are found, or s would be implausible, it is 1.
         """
         self.forget()
-        if not self._is_trusted:
-            self._set(1.0 if self.undeclared.is_found else self.loss * 2.0**HALVINGS, self.scaler)
+        if self._is_trusted:
+            return
+        larger = self.loss * 2.0**HALVINGS
+        explains = not self.undeclared.is_found and larger < IMPLAUSIBLE
+        self._set(larger if explains else 1.0, self.scaler)
+        if larger >= IMPLAUSIBLE:  # and is not tried again
+            self.state["promise"][3] = 1.0
 
     def forget(self) -> None:
         """There is no previous step to look back at."""

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
@@ -147,8 +148,7 @@ class KFAC(torch.optim.Optimizer):
             )
 
     @property
-    def _evaluates(self) -> bool:
-        """Whether the model is evaluated to choose the step."""
+    def _evaluates(self) -> bool:  # the model, to choose the step
         return self.automatic_lr or self.momentum == "auto"
 
     def _choose_layers(self) -> None:
@@ -164,6 +164,7 @@ class KFAC(torch.optim.Optimizer):
         if self._adamw is not None:
             self._adamw.state = self.state
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; a step with a gradient or statistic that is not finite is skipped and counted.

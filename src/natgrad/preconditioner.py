@@ -233,6 +233,8 @@ class Preconditioner:
         self._whole = {p: whole(p.grad) for p in parameters if is_sharded(p.grad)}
         gradients = {n: g for n, p in named.items() if (g := self.gradient(p)) is not None}
         finite = all_finite([*gradients.values(), *batch.tensors()])
+        if batch.latest is not None:
+            batch.latest.see_what_was_called()
         self.multiplier = self._multiplier(batch, stands is not None)
         if self.multiplier is not None:
             if finite:  # first, as a scaler that has doubled would make the previous step look wrong
