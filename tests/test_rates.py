@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
 from kfac_cases import assert_same, values
-from natgrad import averaging, rates, trust
+from natgrad import rates, trust
 from natgrad.averaging import DECAY, EVERY, SHORTEST_WINDOW, Pace, Progress
 from natgrad.factors import AVERAGED_DECAY
 from natgrad.multiplier import LossMultiplier
@@ -285,15 +286,28 @@ def test_an_error_that_explodes_makes_steps_refutable(monkeypatch: pytest.Monkey
     assert told[-2:] == [False, True]
 
 
-def test_an_error_a_hundred_times_as_large_is_told_of() -> None:
-    averaging._tell_of_divergence.cache_clear()
+def test_errors_are_compared_with_the_window_before() -> None:
     pace = Pace({"progress": torch.tensor(Progress(before=2.0))})
     assert not pace.has_lost(19.0)
     assert pace.has_lost(21.0)
-    with pytest.warns(RuntimeWarning, match="more than ten times as long as it was"):
-        assert pace.has_lost(201.0)
-    assert pace.has_lost(1e9)  # and told of once
-    assert not Pace({"progress": torch.tensor(Progress())}).has_lost(1e9)
+    assert not pace.diverges(199.0)
+    assert pace.diverges(201.0)
+    first = Pace({"progress": torch.tensor(Progress())})
+    assert not first.has_lost(1e9)
+    assert not first.diverges(1e9)
+
+
+def test_an_error_a_hundred_times_as_large_is_told_of() -> None:
+    rates._tell_of_divergence.cache_clear()
+    optimizer, data = natgrad.KFAC(network(), "mse"), noise("mse", 32)
+    for _ in range(60):
+        backward(optimizer, "mse", *next(data))
+        optimizer.step()
+    for told in (pytest.warns(RuntimeWarning, match="more than ten times as long as it was"), nullcontext()):  # once
+        x, y = next(data)
+        backward(optimizer, "mse", x, 30.0 * y)
+        with told:
+            optimizer.step()
 
 
 @pytest.mark.parametrize("interrupted", [3, 4])

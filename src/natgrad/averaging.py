@@ -25,9 +25,7 @@ Measured in ``docs/decisions.md``.
 """
 
 import math
-import warnings
 from collections.abc import Callable, MutableMapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -224,9 +222,11 @@ class Pace:
 
     def has_lost(self, error: float) -> bool:
         """Whether the error is so much above what it was that no noise is that large, and steps may be refuted."""
-        if (before := self._progress.before) and error > LOST**2 * before:
-            _tell_of_divergence()
-        return error > LOST * before > 0
+        return error > LOST * self._progress.before > 0
+
+    def diverges(self, error: float) -> bool:
+        """Whether it is above even that by as much again."""
+        return error > LOST**2 * self._progress.before > 0
 
     @property
     def ratio(self) -> float:
@@ -315,15 +315,3 @@ class Pace:
 
     def _set(self, name: str, values: Sequence[float]) -> None:
         self.state[name] = torch.tensor(values)
-
-
-@cache
-def _tell_of_divergence() -> None:
-    warnings.warn(
-        "natgrad: the gradient at the model's output has become more than ten times as long as it was. If the loss has "
-        "grown as well, and relates data, as one of distances between embeddings does: let a module return what a loss "
-        "of single data sees, such as these distances as logits, and give natgrad that module. If it has changed, make "
-        "a new optimizer. docs/troubleshooting.md has more.",
-        RuntimeWarning,
-        stacklevel=3,
-    )

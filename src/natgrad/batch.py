@@ -108,11 +108,12 @@ class Batch:
         """
         if skipped.bit_count() > 1:
             return
-        culprits = [f"the gradient of {name}" for name, g in gradients.items() if not all_finite([g])]
         if self.latest is not None and not all_finite([self.latest.output]):
-            culprits.insert(0, "the model's output")
-        culprits.append("a statistic")
-        _logger.warning("natgrad: step %d is skipped, as %s is not finite (%d so far)", step, culprits[0], skipped)
+            culprit = "the model's output"
+        else:
+            culprits = (f"the gradient of {name}" for name, g in gradients.items() if not all_finite([g]))
+            culprit = next(culprits, "a statistic")
+        _logger.warning("natgrad: step %d is skipped, as %s is not finite (%d so far)", step, culprit, skipped)
 
     def rows(self, name: str) -> tuple[int, float]:
         """Number of rows in A of the layer called ``name``, and of those that they stand for."""

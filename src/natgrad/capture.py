@@ -263,7 +263,7 @@ class Capture:
             return
         forward = self._made_of(seen)
         try:
-            forward.rearrange = rearrangement(forward.output, seen)
+            forward.rearrange = rearrangement(None if seen is forward.output else forward.output, seen)
         except ValueError:
             if not self.loss.indispensable:  # the gradient will tell which targets count
                 return
@@ -354,7 +354,7 @@ class Capture:
     def _is_watched(self) -> bool:
         """Whether hooks of others on the model, too, would take some of the data for all of them."""
         own = {handle.id for handle in self._handles}
-        return not all(own.issuperset(module._forward_hooks) for module in unwrap(self._model).modules())
+        return any(not own.issuperset(module._forward_hooks) for module in unwrap(self._model).modules())
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
         """Each call by itself, or together with ``"reduce"``, and where a datum's gradient is wanted, their sum."""

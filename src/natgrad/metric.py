@@ -136,7 +136,8 @@ class Metric:
         """
         solutions: dict[str, Tensor] = {}
         shares = noise.known(states.values()) if averaged else []
-        with rounding(self._rounds(averaged)):
+        # Then damping is as heavy as rounded products want it; of a given one nobody knows.
+        with rounding(averaged and self.rule is dampings.automatic):
             for layer in self.layers:
                 V = matrix(layer)
                 if V is not None:
@@ -156,10 +157,6 @@ class Metric:
             share = noise.mean([state["noise"]] if "noise" in state else shares)
             natural = polar.orthogonalize(V, natural, noise_left(share))
         return natural.masked_fill_(V.logical_not(), 0.0)
-
-    def _rounds(self, averages: bool) -> bool:
-        """Whether damping is as heavy as rounded products want it; of a given one nobody knows."""
-        return averages and self.rule is dampings.automatic
 
     def _agree(self, states: States) -> set[str]:
         """Who have an inverse on every rank that holds it."""

@@ -93,10 +93,11 @@ class Passes:
             self._finish(batch)
         joined, *others = over
         if others:
-            joined.latest = max((batch.latest for batch in over if batch.latest), key=attrgetter("told"))
-        for batch in others:
-            batch.follow(joined)
-            batch.latest, joined = joined.latest, batch
+            latest = max((batch.latest for batch in over if batch.latest), key=attrgetter("told"))
+            for batch in others:
+                batch.follow(joined)
+                joined = batch
+            joined.latest = latest
         if self._earlier is not None:
             joined.follow(self._earlier)
         self._earlier = joined

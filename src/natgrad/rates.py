@@ -15,6 +15,7 @@ is remembered, so that the next batch can tell how much of it was true.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -191,6 +192,8 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     step = course.times * alpha
     bend = step**2 * slope * pace.ratio
     pace.take(kept, -step * slope, -step * own + bend / 2)
+    if pace.diverges(error):
+        _tell_of_divergence()
     multiplier.promise(-step * slope, bend, evident=pace.is_young or pace.has_lost(error))
     return alpha, told
 
@@ -247,3 +250,15 @@ def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised:
             multiplier.look_back(course.back, promised)
     halvings = int(told["halvings"])
     Trust(multiplier.state).tried(halvings, bool(halvings) and multiplier.ranks.all(multiplier.local.has_all))
+
+
+@cache
+def _tell_of_divergence() -> None:
+    warnings.warn(
+        "natgrad: the gradient at the model's output has become more than ten times as long as it was. If the loss has "
+        "grown as well, and relates data, as one of distances between embeddings does: let a module return what a loss "
+        "of single data sees, such as these distances as logits, and give natgrad that module. If it has changed, make "
+        "a new optimizer. docs/troubleshooting.md has more.",
+        RuntimeWarning,
+        stacklevel=3,
+    )

@@ -81,10 +81,11 @@ def in_other_containers(arguments: Arguments) -> Arguments:
 @contextmanager
 def in_modes(model: nn.Module, training: tuple[bool, ...]) -> Iterator[None]:
     """Each module as it was during a pass, though the loop may have called ``model.eval()`` since."""
-    before, modules = modes(model), list(model.modules())
-    if len(training) != len(modules) or training == before:
+    before = modes(model)
+    if training == before or len(training) != len(before):
         yield
         return
+    modules = list(model.modules())
     try:
         for module, was in zip(modules, training, strict=True):
             module.training = was
