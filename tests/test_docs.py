@@ -123,7 +123,7 @@ def test_every_arrow_of_the_architecture_points_down() -> None:
     architecture = load(DOCS / "architecture.py")
     height = {name: i for i, row in enumerate(architecture.layers()) for name in row}
     arrows = list(architecture.arrows(architecture.imports()))
-    assert ("preconditioner", "multiplier") in arrows
+    assert ("rates", "multiplier") in arrows
     assert all(height[importer] < height[imported] for importer, imported in arrows)
 
 

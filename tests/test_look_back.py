@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import natgrad
 from natgrad.fingerprint import ENTRIES, fingerprint
-from natgrad.trust import BACK, Trust
+from natgrad.trust import BACK, Evidence, Trust
 
 
 def fingerprint_of(*args: Any, **kwargs: Any) -> float:
@@ -101,7 +101,7 @@ def test_dropout_is_noise_on_the_same_batch() -> None:
 
 
 def test_what_was_seen_in_fact_replaces_what_was_guessed() -> None:
-    state: dict[str, Any] = {"confirmed": torch.tensor([0.1])}
+    state: dict[str, Any] = {"evidence": torch.tensor(Evidence(confirmed=0.1))}
     Trust(state).witness(0.9)
     assert Trust(state).confirmed == pytest.approx(0.9)
     Trust(state).witness(1.7)
@@ -153,7 +153,7 @@ def test_rates_recover_where_nobody_looks_back(options: dict[str, Any]) -> None:
     optimizer = natgrad.KFAC(model, "cross_entropy", **options)
     for step in range(8):
         if step == 2:
-            optimizer.state[model.weight]["caution"] = torch.tensor([BACK])
+            optimizer.state[model.weight]["evidence"] = torch.tensor(Evidence(confirmed=1.0, caution=BACK))
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
         optimizer.step()

@@ -19,7 +19,8 @@ from natgrad.forward import Forward
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson
 from natgrad.multiplier import EVERY, LossMultiplier, at_least
 from natgrad.quadratic import HALVINGS
-from natgrad.undeclared import PATIENCE
+from natgrad.trust import Trust
+from natgrad.undeclared import PATIENCE, Found
 
 pytestmark = pytest.mark.usefixtures("float64")
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -369,7 +370,7 @@ def test_parameters_that_overflow_return_to_where_they_were(lr: float | str) -> 
 
 
 def confirmed(optimizer: natgrad.KFAC) -> float:
-    return optimizer.state[next(iter(optimizer.preconditioner.model.parameters()))]["confirmed"].item()
+    return Trust(optimizer.state[next(iter(optimizer.preconditioner.model.parameters()))]).confirmed
 
 
 def test_a_batch_that_comes_again_confirms_what_was_promised() -> None:
@@ -456,7 +457,7 @@ def test_steps_that_are_refused_tell_of_a_larger_loss_or_of_another() -> None:
     refused.reject()
     refused.reject()
     assert refused.loss == 2.0 ** (2 * HALVINGS)
-    state["undeclared"] = torch.tensor([PATIENCE, 0.0, torch.nan])
+    state["found"] = torch.tensor(Found(refused=PATIENCE))
     refused.reject()
     assert refused.loss == 1.0
 

@@ -17,6 +17,7 @@ from natgrad import rates, trust
 from natgrad.averaging import DECAY, EVERY, SHORTEST_WINDOW, Pace, Progress
 from natgrad.factors import AVERAGED_DECAY
 from natgrad.multiplier import LossMultiplier
+from natgrad.trust import Evidence, Trust
 from oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -66,10 +67,10 @@ def trained(kind: str, **options: Any) -> tuple[natgrad.KFAC, Iterator[tuple[Ten
         backward(optimizer, kind, *next(data))
         optimizer.step()
         first = optimizer.state[optimizer.preconditioner.layers[0].parameters[0]]
-        first["caution"] = torch.ones(1)
         if "promise" in first:
             first["promise"][2] = torch.finfo(torch.float32).max
-    first["confirmed"] = torch.tensor([0.1])
+        first["evidence"] = torch.tensor(Evidence(Trust(first).confirmed))
+    first["evidence"] = torch.tensor(Evidence(confirmed=0.1))
     return optimizer, data
 
 
@@ -106,7 +107,7 @@ def test_the_step_minimizes_the_dense_quadratic_model_along_the_average(kind: st
         assert relative_error(flat(parameters) - before, -expected * D) < 1e-6
         promised = expected**2 / 2 * pace * (u @ D) - expected * g @ D
         assert Pace(optimizer.state[parameters[0]]).promised == pytest.approx(float(promised), rel=1e-5)
-        optimizer.state[parameters[0]]["pace"][3] = -1e9  # whatever is left of the slope, it does not lag
+        optimizer.state[parameters[0]]["latest"][3] = -1e9  # whatever is left of the slope, it does not lag
 
 
 def test_an_average_is_followed_as_far_as_the_batch_agrees() -> None:
@@ -128,14 +129,14 @@ def test_a_batch_that_is_asked_for_its_slope_is_no_witness() -> None:
     first = optimizer.state[optimizer.preconditioner.layers[0].parameters[0]]
     for number in range(EVERY + 2):
         if number:
-            first["pace"][3] = 1e9  # the slope before the latest step: whatever is left is steeper
+            first["latest"][3] = 1e9  # the slope before the latest step: whatever is left is steeper
         first["progress"] = torch.tensor(Progress(before=1.0))  # or the step might be refuted
         backward(optimizer, "mse", *next(data))
-        confirmed, measured = first["confirmed"].clone(), first["pace"][0].clone() if number else None
+        confirmed, measured = Trust(first).confirmed, first["latest"][0].clone() if number else None
         optimizer.step()
         assert optimizer.diagnostics()["averaging"] == 1
-        assert first["pace"][0] != measured
-        assert (first["confirmed"] != confirmed) == (number in (0, EVERY))
+        assert first["latest"][0] != measured
+        assert (Trust(first).confirmed != confirmed) == (number in (0, EVERY))
 
 
 def test_an_average_that_leads_uphill_starts_anew() -> None:

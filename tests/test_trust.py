@@ -7,13 +7,13 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
 from natgrad import trust
-from natgrad.trust import Trust
+from natgrad.trust import Ease, Evidence, Trust
 
 FAIR, POOR = (2 * trust.FAIR_RATE, 2 * trust.FAIR_SHARE), (trust.POOR_RATE / 2, trust.POOR_SHARE / 2)
 
 
 def settled(start: float, rates: list[float], share: float) -> float:
-    kept = Trust({"ease": torch.tensor([start, 0.0, 0.0, 0.0, 0.0]), "confirmed": torch.tensor([share])})
+    kept = Trust({"ease": torch.tensor(Ease(start)), "evidence": torch.tensor(Evidence(confirmed=share))})
     for rate in rates:
         kept.chose(rate)
     kept.settle(averaged=False)
@@ -39,7 +39,7 @@ def test_damping_is_eased_where_rate_and_share_are_fair_and_not_where_either_is_
 def test_the_rate_is_the_geometric_mean_since_the_last_time() -> None:
     """An arithmetic one would be fair; and rates are forgotten once they were judged."""
     assert settled(0.125, [1.0, 1e-3], FAIR[1]) == 0.125
-    kept = Trust({"confirmed": torch.tensor([FAIR[1]])})
+    kept = Trust({"evidence": torch.tensor(Evidence(confirmed=FAIR[1]))})
     kept.chose(FAIR[0])
     for _ in range(3):
         kept.settle(averaged=False)
@@ -63,7 +63,7 @@ def test_shares_beyond_nothing_and_all_are_these() -> None:
 
 def test_what_comes_after_the_inverses_is_not_what_they_were_made_with() -> None:
     """Inverses that a checkpoint lacks are made anew from it, with the share of their own step."""
-    kept = Trust({"confirmed": torch.tensor([0.25])})
+    kept = Trust({"evidence": torch.tensor(Evidence(confirmed=0.25))})
     kept.settle(averaged=True)
     kept.confirm(1.0)
     kept.chose(FAIR[0])
@@ -75,18 +75,21 @@ def test_what_comes_after_the_inverses_is_not_what_they_were_made_with() -> None
 
 def test_gradients_are_averaged_once_little_is_confirmed_and_until_much_is() -> None:
     """Not at the first steps, and not while nothing is known."""
-    state = {"step": torch.tensor(float(trust.FIRST_STEPS)), "confirmed": torch.tensor([0.9 * trust.LITTLE])}
-    between, much = torch.tensor([0.5 * (trust.LITTLE + trust.MUCH)]), torch.tensor([1.1 * trust.MUCH])
+    little, between, much = (
+        {"evidence": torch.tensor(Evidence(share))}
+        for share in (0.9 * trust.LITTLE, 0.5 * (trust.LITTLE + trust.MUCH), 1.1 * trust.MUCH)
+    )
+    state = {"step": torch.tensor(float(trust.FIRST_STEPS)), **little}
     assert Trust(state).averages
     assert not Trust({**state, "step": torch.tensor(trust.FIRST_STEPS - 1.0)}).averages
     assert not Trust({"step": state["step"]}).averages
-    assert not Trust({**state, "confirmed": between}).averages
-    once = {**state, "pace": torch.zeros(5)}
-    assert Trust({**once, "confirmed": between}).averages
-    assert not Trust({**once, "confirmed": much}).averages
+    assert not Trust({**state, **between}).averages
+    once = {**state, "latest": torch.zeros(5)}
+    assert Trust({**once, **between}).averages
+    assert not Trust({**once, **much}).averages
 
 
-@pytest.mark.parametrize("state", [{}, {"confirmed": torch.tensor([0.9])}])
+@pytest.mark.parametrize("state", [{}, {"evidence": torch.tensor(Evidence(confirmed=0.9))}])
 def test_a_step_too_long_for_a_loss_that_other_data_confirm_asks_for_no_more_of_them(state: dict[str, Tensor]) -> None:
     """It is the loss that is not quadratic so far. Catches a model of four times the cost on a plateau."""
     kept = Trust(state)
@@ -95,7 +98,7 @@ def test_a_step_too_long_for_a_loss_that_other_data_confirm_asks_for_no_more_of_
 
 
 def test_a_misjudged_step_asks_for_more_data_and_ever_fewer_then() -> None:
-    kept = Trust({"confirmed": torch.tensor([0.1])})
+    kept = Trust({"evidence": torch.tensor(Evidence(confirmed=0.1))})
     assert kept.more == 1.0
     kept.tried(halvings=2, had_all=False)
     kept.tried(halvings=1, had_all=False)
@@ -138,7 +141,7 @@ def test_rates_become_smaller_where_a_batch_refutes_what_was_promised(
     promised: float, change: float, factor: float
 ) -> None:
     """By its loss rising more than half of what was promised; a step that promised nothing shows nothing."""
-    kept = Trust({"caution": torch.tensor([0.25])})
+    kept = Trust({"evidence": torch.tensor(Evidence(caution=0.25))})
     assert kept.judge(promised, change, lambda: change) == kept.caution == 0.25 * factor
     assert Trust({}).judge(-1.0, -1.0, lambda: -1.0) == 1.0
 
@@ -146,7 +149,7 @@ def test_rates_become_smaller_where_a_batch_refutes_what_was_promised(
 @pytest.mark.parametrize(("in_fact", "factor"), [(-0.5, trust.FORTH), (0.9, trust.BACK)])
 def test_what_the_model_refutes_is_looked_at_in_fact(in_fact: float, factor: float) -> None:
     """And only that. Catches a first step that halves the loss, cut since the model's parabola rises at its end."""
-    kept, asked = Trust({"caution": torch.tensor([0.25])}), []
+    kept, asked = Trust({"evidence": torch.tensor(Evidence(caution=0.25))}), []
 
     def look() -> float:
         asked.append(True)

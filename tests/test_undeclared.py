@@ -75,7 +75,7 @@ def test_the_curvature_of_a_squared_penalty_is_measured() -> None:
     model, x, y = regression()
     optimizer = natgrad.KFAC(model, "mse")
     train(optimizer, model, x, y, 20)
-    _, bend, _ = Undeclared(optimizer.state[model.weight])._kept
+    _, bend, _ = Undeclared(optimizer.state[model.weight])._found
     assert bend == pytest.approx(2 * RIDGE, rel=1e-2)
 
 

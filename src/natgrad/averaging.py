@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from natgrad.distributed import like, whole
 from natgrad.factors import flush
 from natgrad.layers import at_least_float32
+from natgrad.memory import Kept, State
 
 # β, of the running average.
 DECAY = 0.9
@@ -53,8 +54,6 @@ LOST = 10.0
 FLUSHED = 64
 # No pace is below this, as where the outputs do not change.
 TINY = 1e-6
-
-State = MutableMapping[str, Any]
 
 
 def noise_left(share: float) -> float:
@@ -190,12 +189,13 @@ class Progress(NamedTuple):
 
 
 class Pace:
-    """What is known of the rate along averaged gradients; kept as tensors in a mapping.
+    """What is known of the rate along averaged gradients.
 
     Args:
-        state: Of the first layer's first parameter: ``pace``, a :class:`Latest`, and ``progress``, a
-            :class:`Progress`.
+        state: Of the first layer's first parameter, see :mod:`natgrad.memory`.
     """
+
+    _latest, _progress = Kept(Latest), Kept(Progress)
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -213,7 +213,7 @@ class Pace:
     @property
     def known(self) -> bool:
         """Whether there was a step along averaged gradients."""
-        return "pace" in self.state
+        return "latest" in self.state
 
     @property
     def is_young(self) -> bool:
@@ -263,10 +263,10 @@ class Pace:
             latest = max(latest, math.sqrt(latest * before), self._progress.least)
         else:
             latest = max(latest, self._progress.least / ANEW)
-            self._set("progress", self._progress._replace(least=latest / RISE))
+            self._progress = self._progress._replace(least=latest / RISE)
         # Due: one step before the present one.
         age = -1.0 if due else self._latest.age
-        self._set("pace", self._latest._replace(pace=latest, age=age, length=slope))
+        self._latest = self._latest._replace(pace=latest, age=age, length=slope)
 
     def take(self, share: float, slope: float, promised: float) -> None:
         """Remember the step that is taken.
@@ -277,12 +277,12 @@ class Pace:
             promised: Change of the loss on its own batch.
         """
         before = self._latest
-        self._set("pace", Latest(before.pace / share, before.age + 1, before.length, slope, promised))
+        self._latest = Latest(before.pace / share, before.age + 1, before.length, slope, promised)
 
     def rest(self) -> None:
         """Remember that no step is taken, and measure anew for the next, whose average starts anew."""
         if self.known:
-            self._set("pace", Latest(pace=0.0))
+            self._latest = Latest(pace=0.0)
 
     def note(self, error: float, slope: float) -> None:
         """Follow the progress, once for each batch.
@@ -294,24 +294,9 @@ class Pace:
         latest = self._progress.note(error, slope, self._latest.slope)
         if latest.steps >= max(SHORTEST_WINDOW, WINDOW * (float(self.state["step"]) - latest.steps)):
             latest = latest.next(self._latest.pace)
-        self._set("progress", latest)
+        self._progress = latest
 
     def forget(self) -> None:
         """Gradients are not averaged any more."""
-        for name in ("pace", "progress"):
+        for name in ("latest", "progress"):
             self.state.pop(name, None)
-
-    @property
-    def _latest(self) -> Latest:
-        return Latest(*self._get("pace"))
-
-    @property
-    def _progress(self) -> Progress:
-        return Progress(*self._get("progress"))
-
-    def _get(self, name: str) -> list[float]:
-        kept: list[float] = self.state[name].tolist() if name in self.state else []
-        return kept
-
-    def _set(self, name: str, values: Sequence[float]) -> None:
-        self.state[name] = torch.tensor(values)

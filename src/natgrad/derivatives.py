@@ -20,13 +20,13 @@ percent of the parameters' length to both sides.
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from natgrad.memory import State
 from natgrad.products import multiplies_as_stored
 
 # Of the latest step, how far a difference looks; and the least relative change of the outputs that it believes, a
@@ -56,7 +56,7 @@ class Agreement:
         tolerance: How far apart they may be, relative to their length.
     """
 
-    def __init__(self, state: MutableMapping[str, Any], name: str, tolerance: float) -> None:
+    def __init__(self, state: State, name: str, tolerance: float) -> None:
         self._state, self._name, self._tolerance = state, name, tolerance
 
     @property

@@ -24,7 +24,7 @@ Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 """
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ from natgrad.forward import Forward
 from natgrad.layers import at_least_float32, uses_batch_statistics
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
+from natgrad.memory import State
 from natgrad.outputs import Selection, rearrangement
 from natgrad.rerun import REFUSALS, in_modes, rerun, stratified, subsample, widened
 
@@ -75,7 +76,7 @@ class LocalModel:
         terms: float,
         ranks: Ranks | None = None,
         more: float = 1.0,
-        state: MutableMapping[str, Any] | None = None,
+        state: State | None = None,
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
         self.ranks = ranks or Ranks()

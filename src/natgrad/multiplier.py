@@ -22,9 +22,9 @@ these: it shortens the step.
 
 import math
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from natgrad.fingerprint import fingerprint
 from natgrad.forward import Forward
 from natgrad.likelihoods import Likelihood
 from natgrad.local_model import LocalModel
+from natgrad.memory import Kept, State
 from natgrad.quadratic import HALVINGS
 from natgrad.targets import at_least
 from natgrad.trust import Trust
@@ -58,13 +59,49 @@ IMPLAUSIBLE = 2.0**30
 EVERY = 16
 
 
+class Multiplier(NamedTuple):
+    """What multiplies the declared loss.
+
+    Attributes:
+        loss: s.
+        scaler: S.
+    """
+
+    loss: float = 1.0
+    scaler: float = 1.0
+
+
+class Promise(NamedTuple):
+    """What the previous step promised.
+
+    Attributes:
+        slope: Derivative of the loss along it.
+        bend: By how much that rises.
+        error: The squared gradient at the output before it; −1 without a previous step.
+        is_trusted: Whether steps are.
+    """
+
+    slope: float = 0.0
+    bend: float = 0.0
+    error: float = -1.0
+    is_trusted: float = 0.0
+
+
+class Inputs(NamedTuple):
+    """Of the previous pass.
+
+    Attributes:
+        fingerprint: By which they are told from others; NaN without a previous pass.
+    """
+
+    fingerprint: float = math.nan
+
+
 class LossMultiplier:
-    """What is known of s and S so far; kept as tensors in a mapping, so that a resumed run goes on with it.
+    """What is known of s and S so far.
 
     Args:
-        state: Of the first layer's first parameter: ``multiplier``, s and S; and ``promise``, what the previous step
-            promised: its slope and bend, the squared gradient at the output before it, −1 without a previous step, and
-            whether steps are trusted.
+        state: Of the first layer's first parameter, see :mod:`natgrad.memory`.
         local: The quadratic model of the current pass, made where it is needed; with ``more`` data if wanted.
         forward: The current pass.
         likelihood: Of the declared loss.
@@ -77,10 +114,11 @@ class LossMultiplier:
     """
 
     is_repeated = False
+    _multiplier, _promise, _inputs = Kept(Multiplier), Kept(Promise), Kept(Inputs)
 
     def __init__(
         self,
-        state: MutableMapping[str, Any],
+        state: State,
         local: Callable[..., LocalModel],
         forward: Forward,
         likelihood: Likelihood,
@@ -125,19 +163,19 @@ class LossMultiplier:
     @property
     def loss(self) -> float:
         """s: what the loop multiplies the declared loss by."""
-        return float(self.state["multiplier"][0]) if "multiplier" in self.state else 1.0
+        return self._multiplier.loss
 
     @property
     def scaler(self) -> float:
         """S: what a gradient scaler multiplies by besides."""
-        return float(self.state["multiplier"][1]) if "multiplier" in self.state else 1.0
+        return self._multiplier.scaler
 
     @property
     def at_output(self) -> float:
         """S s of the current pass; as before, where that does not tell or a step has told better."""
         bound, attained = self.bound
         before = self.loss * self.scaler
-        product = bound if attained else before if self._promise[3] else max(bound, before)
+        product = bound if attained else before if self._promise.is_trusted else max(bound, before)
         return product if abs(product - 1) > CLOSE else 1.0
 
     def update(self, gradients: dict[str, Tensor], evaluate: bool) -> None:
@@ -164,9 +202,9 @@ class LossMultiplier:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
         if evaluate:
-            inputs = torch.tensor(self.ranks.mean([fingerprint((self.forward.args, self.forward.kwargs))]).tolist())
-            seen = self.state.get("inputs")
-            self.state["inputs"], self.is_repeated = inputs, seen is not None and torch.equal(seen, inputs)
+            seen = self._inputs.fingerprint
+            self._inputs = Inputs(float(self.ranks.mean([fingerprint((self.forward.args, self.forward.kwargs))])))
+            self.is_repeated = self._inputs.fingerprint == seen
 
     def in_doubt(self, finite: bool, back: Callable[[], Tensor]) -> bool:
         """Whether to look back at the previous step.
@@ -178,7 +216,7 @@ class LossMultiplier:
             finite: Whether everything of the current pass is.
             back: Computes the product of the previous step with the gradient at its end.
         """
-        error = self._promise[2]
+        error = self._promise.error
         if error < 0:
             return False
         if not finite:
@@ -220,7 +258,7 @@ class LossMultiplier:
         elif high < 1 / SUSPECT and bend > abs(slope) / 2:  # and not just cut short by the check
             factor = max(high, SHRINK)
         self._set(self.loss * factor, self.scaler)
-        self.state["promise"][3] = float(factor == 1 and bend > 0)
+        self._promise = self._promise._replace(is_trusted=factor == 1 and bend > 0)
         return factor <= 1
 
     def _is_steady(self, growth: float) -> bool:
@@ -243,7 +281,7 @@ class LossMultiplier:
             evident: Whether that is more than the noise of the next batch, so that an error that grew tells something.
         """
         error = self.error() if evident else torch.finfo(torch.float32).max
-        self.state["promise"] = torch.tensor([slope, bend, error, self._promise[3]])
+        self._promise = Promise(slope, bend, error, self._promise.is_trusted)
 
     def confirm(self, change: float, promised: float) -> None:
         """Compare what the previous step promised with its change of the loss as the current batch sees it.
@@ -284,21 +322,16 @@ class LossMultiplier:
         explains = not self.undeclared.is_found and larger < IMPLAUSIBLE
         self._set(larger if explains else 1.0, self.scaler)
         if larger >= IMPLAUSIBLE:  # and is not tried again
-            self.state["promise"][3] = 1.0
+            self._promise = self._promise._replace(is_trusted=True)
 
     def forget(self) -> None:
         """There is no previous step to look back at."""
-        self.state["promise"] = torch.tensor([0.0, 0.0, -1.0, self._promise[3]])
+        self._promise = Promise(is_trusted=self._promise.is_trusted)
 
     @property
     def _is_trusted(self) -> bool:
         """Whether s was seen to be right."""
-        return bool(self._promise[3]) or self.bound[1]
-
-    @property
-    def _promise(self) -> list[float]:
-        kept: list[float] = self.state["promise"].tolist() if "promise" in self.state else [0.0, 0.0, -1.0, 0.0]
-        return kept
+        return bool(self._promise.is_trusted) or self.bound[1]
 
     @cached_property
     def _finite_output(self) -> bool:
@@ -312,7 +345,7 @@ class LossMultiplier:
         return float(self.ranks.mean([size**2 / self.forward.gradient.numel()]))
 
     def _set(self, loss: float, scaler: float) -> None:
-        self.state["multiplier"] = torch.tensor([loss, scaler])
+        self._multiplier = Multiplier(loss, scaler)
         if "local" in self.__dict__:  # made before: what it has evaluated still holds
             self._tell(self.local)
 

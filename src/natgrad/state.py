@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.averaging import Pace
 from natgrad.distributed import whole
 from natgrad.layers import Layer
+from natgrad.memory import sizes
+from natgrad.multiplier import LossMultiplier
+from natgrad.trust import Trust
+from natgrad.undeclared import Undeclared
 
 # What belongs to a factor, or to the block of a layer; the rest are numbers.
 OF_A, OF_G = ("A", "A_inverse", "A_basis"), ("G", "G_inverse", "G_basis")
@@ -21,21 +26,7 @@ OF_BLOCK = ("scale", "spectrum", "shift")
 # Whether the factors are newer than their inverse.
 MOVED = "moved"
 # Kept with the first layer, for the whole network; and their sizes.
-OF_ALL = {
-    "multiplier": 2,
-    "promise": 4,
-    "confirmed": 1,
-    "inputs": 1,
-    "ease": 5,
-    "caution": 1,
-    "more": 1,
-    "pace": 5,
-    "progress": 8,
-    "undeclared": 3,
-    "smooth": 1,
-    "repeats": 1,
-    "parts": 1,
-}
+OF_ALL = {**sizes(LossMultiplier, Trust, Pace, Undeclared), "smooth": 1, "repeats": 1, "parts": 1}
 
 
 def names(inverse: Sequence[str], sampling: bool) -> list[str]:

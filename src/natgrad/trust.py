@@ -19,12 +19,11 @@ differential equations damping must fall to nothing, while noisy minibatches nee
 """
 
 import math
-from collections.abc import Callable, MutableMapping
-from typing import Any, NamedTuple
-
-import torch
+from collections.abc import Callable
+from typing import NamedTuple
 
 from natgrad.averaging import Pace
+from natgrad.memory import Kept, State
 
 # Of the running average of what is confirmed.
 DECAY = 0.8
@@ -43,6 +42,20 @@ LITTLE, MUCH, FIRST_STEPS = 0.5, 0.7, 8
 # A step that had to be shortened on the model's data, where others confirm little, was misjudged for want of data: so
 # many times more of them, and ever fewer then. Elsewhere it was the loss that is not quadratic so far.
 MORE, FEWER = 2.0, 0.95
+
+
+class Evidence(NamedTuple):
+    """What steps have shown.
+
+    Attributes:
+        confirmed: The running average of the confirmed share; −1 before any was.
+        caution: What rates are multiplied by.
+        more: How many times as many data as usual the quadratic model has.
+    """
+
+    confirmed: float = -1.0
+    caution: float = 1.0
+    more: float = 1.0
 
 
 class Ease(NamedTuple):
@@ -64,39 +77,39 @@ class Ease(NamedTuple):
 
 
 class Trust:
-    """What the steps so far have shown, kept as tensors in a mapping.
+    """What the steps so far have shown.
 
     Args:
-        state: Of the first layer's first parameter: ``confirmed``, the running average of the confirmed share;
-            ``ease``, an :class:`Ease`; ``more``, how many times as many data as usual the quadratic model has; and
-            ``caution``, what rates are multiplied by.
+        state: Of the first layer's first parameter, see :mod:`natgrad.memory`.
     """
 
-    def __init__(self, state: MutableMapping[str, Any]) -> None:
+    _evidence, _ease = Kept(Evidence), Kept(Ease)
+
+    def __init__(self, state: State) -> None:
         self.state = state
 
     @property
     def confirmed(self) -> float:
         """Share of the promised fall that later batches confirmed, between 0 and 1; 0 before any did."""
-        return float(self.state["confirmed"]) if "confirmed" in self.state else 0.0
+        return self._evidence.confirmed if self._is_known else 0.0
 
     @property
     def averages(self) -> bool:
         """Whether gradients are to be averaged over batches."""
-        if "confirmed" not in self.state or float(self.state["step"]) < FIRST_STEPS:
+        if not self._is_known or float(self.state["step"]) < FIRST_STEPS:
             return False
         return self.confirmed < (MUCH if Pace(self.state).known else LITTLE)
 
     @property
     def more(self) -> float:
         """How many times as many data as usual the quadratic model needs."""
-        return float(self.state["more"]) if "more" in self.state else 1.0
+        return self._evidence.more
 
     def tried(self, halvings: int, had_all: bool) -> None:
         """Note how often a step was halved on the model's data, and whether those were all that there are."""
-        doubtful = "confirmed" in self.state and self.confirmed < LITTLE
+        doubtful = self._is_known and self.confirmed < LITTLE
         more = self.more * MORE if halvings and doubtful and not had_all else max(1.0, self.more * FEWER)
-        self.state["more"] = torch.tensor([more])
+        self._evidence = self._evidence._replace(more=more)
 
     @property
     def ease(self) -> float:
@@ -115,13 +128,14 @@ class Trust:
 
     def confirm(self, share: float) -> None:
         """Fold in the share that the latest batch confirmed."""
-        latest = torch.tensor([min(max(share, 0.0), 1.0)])
-        self.state["confirmed"] = torch.lerp(latest, self.state.get("confirmed", latest), DECAY)
+        latest = min(max(share, 0.0), 1.0)
+        before = self.confirmed if self._is_known else latest
+        self._evidence = self._evidence._replace(confirmed=latest + DECAY * (before - latest))
 
     @property
     def caution(self) -> float:
         """What rates are multiplied by, as steps were too long for the next batch."""
-        return float(self.state["caution"]) if "caution" in self.state else 1.0
+        return self._evidence.caution
 
     def judge(self, promised: float, change: float, in_fact: Callable[[], float]) -> float:
         """Note how a step changed the loss of the next batch, if it promised a fall; ``caution`` from now on.
@@ -144,19 +158,17 @@ class Trust:
         return refuted
 
     def _heed(self, factor: float) -> None:
-        latest = min(max(factor * self.caution, SLOWEST), 1.0)
-        if latest != self.caution:
-            self.state["caution"] = torch.tensor([latest])
+        self._evidence = self._evidence._replace(caution=min(max(factor * self.caution, SLOWEST), 1.0))
 
     def witness(self, share: float) -> None:
         """Forget what was confirmed so far for this share, which is certain."""
-        self.state["confirmed"] = torch.tensor([min(max(share, 0.0), 1.0)])
+        self._evidence = self._evidence._replace(confirmed=min(max(share, 0.0), 1.0))
 
     def chose(self, rate: float) -> None:
         """Note the rate that the quadratic model chose."""
         before = self._ease
         logarithms = before.logarithms + math.log(max(rate, LEAST_RATE))
-        self.state["ease"] = torch.tensor(before._replace(logarithms=logarithms, rates=before.rates + 1))
+        self._ease = before._replace(logarithms=logarithms, rates=before.rates + 1)
 
     def settle(self, averaged: bool) -> None:
         """Before inverses are refreshed: set the ease by the steps since it was last set, if there were any.
@@ -174,11 +186,12 @@ class Trust:
                 factor = max(factor * EASIER, LEAST)
             elif rate < POOR_RATE or share < POOR_SHARE:
                 factor = min(factor * HARDER, 1.0)
-        self.state["ease"] = torch.tensor(Ease(factor, share, averaged=float(averaged)))
+        self._ease = Ease(factor, share, averaged=float(averaged))
 
     @property
-    def _ease(self) -> Ease:
-        return Ease(*self.state["ease"].tolist()) if "ease" in self.state else Ease()
+    def _is_known(self) -> bool:
+        """Whether a step was looked back at."""
+        return self._evidence.confirmed >= 0
 
 
 def _refuted(promised: float, change: float) -> bool:

@@ -13,14 +13,16 @@ Whether there is a rest is looked for where steps are refused one after the othe
 loss. From there on the model is of all data.
 """
 
+import math
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from natgrad.local_model import LocalModel
+from natgrad.memory import Kept, State
 from natgrad.quadratic import Rest
 
 # So many steps in a row that are refused are no chance.
@@ -36,23 +38,37 @@ REACH = 0.1
 Directions = Sequence[dict[str, Tensor]]
 
 
-class Undeclared:
-    """What is known of the rest; kept in a mapping, so that a resumed run goes on with it.
+class Found(NamedTuple):
+    """What steps have shown of the rest.
 
-    Args:
-        state: Of the first layer's first parameter: ``undeclared``, the number of steps that were refused in a row,
-            which stays at ``PATIENCE`` once a rest was found; the curvature of the rest per squared length; and its
-            slope along the latest step where that began, NaN if that is not known.
+    Attributes:
+        refused: The number of steps that were refused in a row; it stays at ``PATIENCE`` once a rest was found.
+        bend: Curvature of the rest per squared length.
+        start: Its slope along the latest step where that began; NaN if that is not known.
     """
 
-    def __init__(self, state: MutableMapping[str, Any]) -> None:
+    refused: float = 0.0
+    bend: float = 0.0
+    start: float = math.nan
+
+
+class Undeclared:
+    """What is known of the rest.
+
+    Args:
+        state: Of the first layer's first parameter, see :mod:`natgrad.memory`.
+    """
+
+    _found = Kept(Found)
+
+    def __init__(self, state: State) -> None:
         self.state = state
         self._latest: Rest | None = None  # along the directions of this step
 
     @property
     def is_found(self) -> bool:
         """Whether there is a rest."""
-        return self._kept[0] >= PATIENCE
+        return self._found.refused >= PATIENCE
 
     def along(self, local: LocalModel, directions: Directions, b: Tensor) -> Rest | None:
         """The rest along the directions whose curvature ``local`` has just measured; None if there is none.
@@ -66,21 +82,21 @@ class Undeclared:
         if own is None:
             return None
         slopes, squares = b - own[0], _products(directions)
-        _, bend, start = self._kept
-        if start == start and len(b) > 1 and squares[-1, -1] > 0:
+        _, bend, start = self._found
+        if not math.isnan(start) and len(b) > 1 and squares[-1, -1] > 0:
             seen = max(float((slopes[-1] - start) / squares[-1, -1]), 0.0)
             bend = DECAY * bend + (1 - DECAY) * seen if bend else seen
-        self._keep(PATIENCE, bend)
+        self._found = Found(PATIENCE, bend)
         self._latest = Rest(slopes, squares, bend, REACH * local.size_of(directions[0]))
         return self._latest
 
     def took(self, c: Tensor) -> None:
         """Note that a step was taken along the directions, by its coefficients."""
-        found, bend, _ = self._kept
         if self.is_found:
-            self._keep(PATIENCE, bend, torch.nan if self._latest is None else float(self._latest.slopes @ c))
-        elif found:
-            self._keep(0)
+            start = math.nan if self._latest is None else float(self._latest.slopes @ c)
+            self._found = self._found._replace(start=start)
+        elif self._found.refused:
+            self._found = Found()
 
     def parts(self, c: Tensor) -> tuple[float, float]:
         """Slope of the rest along a step, and by how much that rises."""
@@ -95,19 +111,19 @@ class Undeclared:
             directions: As for ``along``.
             b: Likewise.
         """
-        count, bend, _ = self._kept
+        count, bend, _ = self._found
         if self.is_found or count + 1 < PATIENCE:
-            self._keep(min(count + 1, PATIENCE), bend)
+            self._found = Found(min(count + 1, PATIENCE), bend)
             return
         local = of_all()
         local.curvature(directions)
         own = local.slopes()
         if own is None:
-            self._keep(0)
+            self._found = Found()
             return
         (slope, *_), (size, *_) = own.tolist()
         there = abs(float(b[0]) - slope) > max(LEAST_SHARE * abs(float(b[0])), ROUNDING * size)
-        self._keep(PATIENCE if there else 0)
+        self._found = Found(PATIENCE if there else 0)
         if there:
             warnings.warn(
                 "natgrad: the loop's loss has terms that `loss` and `output` do not tell of, which makes steps slower. "
@@ -120,17 +136,8 @@ class Undeclared:
 
     def forget(self) -> None:
         """The latest step is none of the directions, or nobody looked."""
-        count, bend, _ = self._kept
         if self.is_found:
-            self._keep(count, bend)
-
-    @property
-    def _kept(self) -> list[float]:
-        kept: list[float] = self.state["undeclared"].tolist() if "undeclared" in self.state else [0.0, 0.0, torch.nan]
-        return kept
-
-    def _keep(self, count: float, bend: float = 0.0, start: float = torch.nan) -> None:
-        self.state["undeclared"] = torch.tensor([count, bend, start])
+            self._found = self._found._replace(start=math.nan)
 
 
 def _products(directions: Directions) -> Tensor:
