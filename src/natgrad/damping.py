@@ -168,9 +168,11 @@ def mean_diagonal(factor: Tensor) -> Tensor:
 
 def mean_curvature(factors: Sequence[Tensor]) -> float:
     """Mean diagonal entry of the G of several layers, all of their outputs counting alike."""
-    traces = [mean_diagonal(G).double() * G.shape[-2] for G in factors]
-    sizes = sum(G.shape[-2] for G in factors)
-    return float(torch.stack([trace.cpu() for trace in traces]).sum()) / sizes if factors else 0.0
+    if not factors:
+        return 0.0
+    here = factors[0].device  # which is waited for once, not for every layer
+    traces = [mean_diagonal(G).double().to(here) * G.shape[-2] for G in factors]
+    return float(torch.stack(traces).sum()) / sum(G.shape[-2] for G in factors)
 
 
 def mean_without_largest(factor: Tensor) -> Tensor:

@@ -113,14 +113,18 @@ def lent(layer: Layer, state: State, names: Sequence[str], world: World) -> Iter
     yield borrowed
 
 
-def share_noise(measured: dict[str, Tensor], world: World) -> None:
-    """Replace what :func:`natgrad.noise.measure` told of a rank's data, by layer name, by that of all ranks' data."""
-    if world.size > 1 and measured:
-        first = next(iter(measured.values()))
-        sums = world.sum(torch.stack(list(measured.values())), first)
-        # A datum's part of the mean over ranks is 1/W of what its own rank differentiates.
-        sums /= torch.tensor([world.size, world.size**2, 1.0], dtype=sums.dtype)
-        measured.update(zip(measured, sums.to(first), strict=True))
+def share_noise(measured: dict[str, Tensor], world: World) -> dict[str, list[float]]:
+    """What :func:`natgrad.noise.measure` tells of all ranks' data from what it told of this one's, by layer name.
+
+    They leave the device all at once, which then has to be waited for but once.
+    """
+    if not measured:
+        return {}
+    first = next(iter(measured.values()))
+    sums = world.sum(torch.stack([sums.double().to(first.device) for sums in measured.values()]), first)
+    # A datum's part of the mean over ranks is 1/W of what its own rank differentiates.
+    sums /= torch.tensor([world.size, world.size**2, 1.0], dtype=sums.dtype)
+    return dict(zip(measured, sums.tolist(), strict=True))
 
 
 def share_solutions(solutions: dict[str, Tensor], world: World) -> None:

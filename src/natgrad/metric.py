@@ -146,7 +146,7 @@ class Metric:
         exchange.share_solutions(solutions, self.world)
         return solutions
 
-    def _solve(self, state: dict[str, Any], V: Tensor, shares: list[Tensor]) -> Tensor:
+    def _solve(self, state: dict[str, Any], V: Tensor, shares: list[float]) -> Tensor:
         """The natural gradient of one layer; evened out, if it is of averages whose shares of noise are known.
 
         What has no gradient at all, as where the loop masks it, stays where it is: that changes no slope.
@@ -154,7 +154,7 @@ class Metric:
         natural = self.inverse.solve(state, V)
         is_product = "spectrum" not in self.inverse.names
         if shares and is_product and polar.pays(float(state.get("rows", 0)), V):
-            share = noise.mean([state["noise"]] if "noise" in state else shares)
+            share = float(state["noise"]) if "noise" in state else noise.mean(shares)
             natural = polar.orthogonalize(V, natural, noise_left(share))
         return natural.masked_fill_(V.logical_not(), 0.0)
 
@@ -176,11 +176,10 @@ class Metric:
                 lent = exchange.lent(layer, states[layer.name], self.inverse.names, self.world)
                 with lent as inverse, rounding(True):  # lengths bear it whatever the damping: they are sums, of samples
                     measured[layer.name] = noise.measure(layer, V, samples, self.inverse, inverse, batch.scaler)
-        exchange.share_noise(measured, self.world)
-        for name, sums in measured.items():
-            latest = noise.split(sums)
+        for name, sums in exchange.share_noise(measured, self.world).items():
+            latest = noise.split(*sums)
             if latest is not None:
-                noise.remember(states[name], latest, anew)
+                noise.remember(states[name], *latest, anew)
 
     def _refresh(self, layers: list[Layer], states: States, step: int) -> None:
         if not layers:
@@ -193,7 +192,7 @@ class Metric:
             state = states[layer.name]
             flush(state["A"])
             flush(state["G"])
-            own = noise.ratio([state["noise"]]) if "noise" in state else pooled
+            own = noise.ratio([float(state["noise"])]) if "noise" in state else pooled
             evidence = dampings.Evidence(own, curvature, trust.settled_share, trust.ease, trust.settled_average)
             damping = self.rule(state["A"], state["G"], evidence)
             if self.world.owns(layer.name):

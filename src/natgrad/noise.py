@@ -71,24 +71,20 @@ def representatives(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return x.index_select(-3, chosen), g.index_select(-3, chosen) * counts.sqrt().reshape(-1, 1, 1)
 
 
-def split(measured: Tensor) -> Tensor | None:
+def split(total: float, energy: float, data: float) -> tuple[float, float] | None:
     """(total, noise) of one batch from what ``measure`` told of it, without bias; None of fewer than two data."""
-    total, energy, data = measured
     if data < 2 or not energy > 0 or not total > 0:
         return None
-    return torch.stack([total, (energy - total / data).clamp(min=0) * data / (data - 1)])
+    return total, max(energy - total / data, 0.0) * data / (data - 1)
 
 
-def remember(state: State, latest: Tensor, anew: bool) -> None:
-    """Fold the share of noise in the latest (total, noise) into its running average."""
-    share = (latest[1:] / latest[:1]).clamp(max=1)
-    if anew or "noise" not in state:
-        state["noise"] = share
-    else:
-        state["noise"].lerp_(share.to(state["noise"].dtype), 1 - DECAY)
+def remember(state: State, total: float, noise: float, anew: bool) -> None:
+    """Fold the share of noise in the latest total into its running average, which is kept where it is read."""
+    share = torch.tensor(min(noise / total, 1.0), dtype=torch.float64)
+    state["noise"] = share if anew or "noise" not in state else torch.lerp(state["noise"], share, 1 - DECAY)
 
 
-def ratio(shares: Sequence[Tensor]) -> float:
+def ratio(shares: Sequence[float]) -> float:
     """Noise over signal, of one layer or on average over several; as of noise alone if nothing is known."""
     if not shares:
         return 1 / LEAST_SIGNAL
@@ -102,11 +98,11 @@ def share(states: Iterable[State]) -> float:
     return mean(shares) if shares else 0.0
 
 
-def known(states: Iterable[State]) -> list[Tensor]:
+def known(states: Iterable[State]) -> list[float]:
     """The shares of the layers that know theirs."""
-    return [state["noise"] for state in states if "noise" in state]
+    return [float(state["noise"]) for state in states if "noise" in state]
 
 
-def mean(shares: Sequence[Tensor]) -> float:
+def mean(shares: Sequence[float]) -> float:
     """Of shares of noise."""
-    return float(torch.cat([share.double() for share in shares]).mean())
+    return sum(shares) / len(shares)

@@ -47,15 +47,15 @@ def of_layer(layer: Layer, name: str) -> Tensor:
         return torch.full((OF_ALL[name],), torch.nan)
     if name in ("step", MOVED):
         return torch.zeros(())
-    if name in ("age", "rows", "spectrum_age"):
-        return torch.full((), torch.nan, dtype=wide if name == "spectrum_age" else torch.float32)
+    if name in ("age", "rows", "noise", "spectrum_age"):
+        dtypes = {"noise": torch.float64, "spectrum_age": wide}
+        return torch.full((), torch.nan, dtype=dtypes.get(name, torch.float32))
     blocks = () if layer.blocks is None else (layer.blocks,)
     (out, width), (g_diagonal, a_diagonal) = layer.shape, layer.diagonal
     shapes = {
         **dict.fromkeys(OF_A, (*blocks, width, 1 if a_diagonal else width)),
         **dict.fromkeys(OF_G, (*blocks, out, 1 if g_diagonal else out)),
         **dict.fromkeys(OF_BLOCK, (*blocks, out, width)),
-        "noise": (1,),
     }
     return torch.full(shapes[name], torch.nan, dtype=wide, device=parameter.device)
 
