@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.nn.utils.parametrizations import weight_norm
 
 import natgrad
 from kfac_cases import assert_same, backward, batch, every_mode, network, train, values
@@ -44,6 +45,20 @@ def test_a_copied_pair_trains_as_the_original_does(way: Copy, mode: dict[str, An
     train(optimizer, 2, 3, 4, 5)
     assert_same(values(other), values(optimizer))
     assert other.diagnostics() == optimizer.diagnostics()
+
+
+def test_a_weight_that_is_computed_goes_along() -> None:
+    """What was kept of it was no leaf of the graph, and cannot be copied."""
+    torch.manual_seed(0)
+    model = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = natgrad.KFAC(model, "mse")
+    train(optimizer, 0)
+    nobodys = copy.deepcopy(model)
+    _, other = copy.deepcopy((model, optimizer))
+    train(other, 1)
+    train(optimizer, 1)
+    assert_same(values(other), values(optimizer))
+    assert hooks(nobodys) == hooks(model)
 
 
 @every_way

@@ -154,6 +154,33 @@ def test_an_unfrozen_layer_joins_and_is_trained_by_kfac(mode: dict[str, Any]) ->
     assert optimizer.preconditioner.steps + optimizer.undone_steps == 5
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize("mode", [{**NUMERIC, "momentum": 0.0}, AUTO], ids=str)
+def test_what_is_frozen_in_mid_run_rests_and_the_others_of_its_layer_are_trained(
+    mode: dict[str, Any], frozen: str
+) -> None:
+    """They stood still as well, with all of training where each layer's bias was frozen."""
+    model = network()
+    optimizer = natgrad.KFAC(model, "mse", **mode)
+    train(optimizer, 0, 1)
+    getattr(model[3], frozen).requires_grad_(False)
+    before = values(optimizer)
+    backward(model, 2)
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model[3].named_parameters()
+    }
+    optimizer.step()
+    assert moved(optimizer, before) == set(dict(model.named_parameters())) - {f"3.{frozen}"}
+    state = optimizer.state[model[3].weight]
+    V = torch.cat([gradients["weight"], gradients["bias"][:, None]], dim=1)
+    natural = state["G_inverse"] @ V @ state["A_inverse"]
+    step = {"weight": natural[:, :-1], "bias": natural[:, -1]}
+    (other,) = step.keys() - {frozen}
+    actual = before[f"3.{other}"] - getattr(model[3], other).detach()
+    if mode["lr"] != "auto":
+        torch.testing.assert_close(actual, mode["lr"] * step[other], rtol=1e-9, atol=1e-12)
+
+
 def test_layers_left_out_are_left_alone_until_they_are_added() -> None:
     model = network()
     optimizer = natgrad.KFAC(model, "mse", params=model[3].parameters(), **NUMERIC)

@@ -87,7 +87,7 @@ def test_eigenvalues_of_ones_own_are_damped_as_those_of_the_product(a: float, g:
 @every_dtype
 def test_inverses_have_the_dtype_of_the_factors(inverse: str, dtype: torch.dtype) -> None:
     tensors = INVERSES[inverse].factorize(factor(3, 5).to(dtype), factor(2, 5).to(dtype), Damping(0.1, 0.1))
-    assert {t.dtype for t in tensors.values()} == {dtype}
+    assert {t.dtype for name, t in tensors.items() if name != "spectrum_age"} == {dtype}
 
 
 # Cholesky where there is no inverse.

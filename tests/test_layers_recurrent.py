@@ -111,8 +111,10 @@ def test_states_may_be_given_by_keyword() -> None:
     torch.manual_seed(0)
     module, x, h = nn.GRU(3, 4), torch.randn(5, 2, 3), torch.randn(1, 2, 4)
     expected = module(x, h)
-    for actual, out in zip(watched(module)(x, hx=h), expected, strict=True):
-        assert torch.allclose(actual, out, rtol=0, atol=1e-10)
+    module = watched(module)
+    for called in (module(x, hx=h), module(hx=h, input=x)):
+        for actual, out in zip(called, expected, strict=True):
+            assert torch.allclose(actual, out, rtol=0, atol=1e-10)
 
 
 class Classifier(nn.Module):

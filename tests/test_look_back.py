@@ -1,5 +1,6 @@
 """What the previous step did to the loss, asked of the loss itself where the batch is the same."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ def fingerprint_of(*args: Any, **kwargs: Any) -> float:
 
 
 def test_inputs_are_told_apart() -> None:
-    """By values, order, number and place; numbers beside the tensors do not matter."""
+    """By values, order, number and place, and by numbers and words beside the tensors, as a level of noise is one."""
     torch.manual_seed(0)
     x, y = torch.randn(7, 3), torch.randn(7, 3)
     own = fingerprint_of(x, 2, mask={"rows": y})
-    assert own == fingerprint_of(x.clone(), 3, mask={"rows": y.clone()})
+    assert own == fingerprint_of(x.clone(), 2, mask={"rows": y.clone()})
+    assert own != fingerprint_of(x, 3, mask={"rows": y})
+    assert fingerprint_of(x, "sum") != fingerprint_of(x, "mean")
     others = [(x.flip(0), y), (x + 1e-3, y), (y, x), (x[:6], y), (x, y[:6])]
     assert own not in {fingerprint_of(a, 2, mask={"rows": b}) for a, b in others}
     wide = torch.randn(5000, 100)
@@ -39,11 +42,16 @@ def test_images_with_a_border_are_told_apart(data: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
-def test_sparse_inputs_are_left_alone() -> None:
-    x, adjacency = torch.randn(4, 3), torch.eye(4)
-    expected = fingerprint_of(x)
-    for sparse in (adjacency.to_sparse(), adjacency.to_sparse_csr(), adjacency.to(torch.complex64)):
-        assert fingerprint_of(x, sparse) == expected
+def test_sparse_and_complex_inputs_are_told_apart() -> None:
+    """Catches batches of spectra that are taken for one and the same."""
+    for kind in (Tensor.to_sparse, Tensor.to_sparse_csr, partial(Tensor.to, dtype=torch.complex64), nested):
+        own, same, other = (fingerprint_of(kind(weight * torch.eye(4))) for weight in (1.0, 1.0, 2.0))
+        assert own == same != other
+    assert fingerprint_of(1j * torch.ones(3)) != fingerprint_of(2j * torch.ones(3))
+
+
+def nested(rows: Tensor) -> Tensor:
+    return torch.nested.nested_tensor(list(rows), layout=torch.jagged)
 
 
 def test_inputs_that_cannot_be_read_are_never_the_same() -> None:

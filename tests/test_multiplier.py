@@ -480,7 +480,7 @@ class Line:
     """A loss that is linear in the output has risen; as a local model tells it."""
 
     multiplier = scaler = 1.0
-    parts = (-2.0, 0.0)
+    parts, has_other_statistics = (-2.0, 0.0), False
 
     def change(self, step: object) -> float:
         return -0.3

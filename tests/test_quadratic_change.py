@@ -247,7 +247,7 @@ def test_a_part_without_a_target_that_counts_tells_of_no_change(monkeypatch: pyt
     monkeypatch.setattr(local_model, "MIN_DATA", 1)
     torch.manual_seed(0)
     model, x, y = nn.Sequential(nn.Linear(3, 3)), torch.randn(20, 3), torch.full((20,), 1)
-    chosen = shuffled(20, 0)[-1:]  # the first draw of seed 0
+    chosen = shuffled(20, 0, torch.device("cpu"))[-1:]  # the first draw of seed 0
     y[[n for n in range(20) if n not in chosen.tolist()][:2]] = 0
     optimizer = natgrad.KFAC(model, CRITERION)
     CRITERION(model(x), y).backward()

@@ -1,5 +1,8 @@
 """The report that compares a network's blocks with the exact ones."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,6 +72,29 @@ def test_large_batches_are_cut_and_the_report_says_so() -> None:
     assert report.notes == ["The first 4 of 10 data were used, as all of them have 30 output entries."]
     alone = natgrad.verify(model, x[:4], y[:4], "cross_entropy")
     assert [layer.kfac for layer in report.layers] == [layer.kfac for layer in alone.layers]
+
+
+class ByName(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.inner(batch["x"] * batch["scale"])
+
+
+def test_inputs_in_a_dictionary_are_cut_as_well() -> None:
+    model, (x, y) = network(), data(10)
+    one = {"x": x, "scale": torch.ones(())}
+    report = natgrad.verify(ByName(model), one, y, "cross_entropy", max_outputs=12)
+    alone = natgrad.verify(model, x[:4], y[:4], "cross_entropy")
+    assert [layer.kfac for layer in report.layers] == [layer.kfac for layer in alone.layers]
+
+
+@pytest.mark.parametrize("look", [natgrad.verify, natgrad.curvature])
+def test_what_is_no_module_is_refused(look: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="must be the model itself"):
+        look(list(network().parameters()), *data(10), "cross_entropy")
 
 
 def test_recurrent_layers_have_no_forward_mode_and_are_verified_all_the_same() -> None:

@@ -197,10 +197,10 @@ def choose(
         kept = max(1, round(fraction * n))
     if kept >= n:
         return slice(None), 1.0, None
-    order = shuffled(n, seed).to(z.device)
+    order = shuffled(n, seed, z.device)
     return order[:kept], n / kept, order[:wide] if wide > kept else None
 
 
-def shuffled(data: int, seed: int) -> Tensor:
+def shuffled(data: int, seed: int, device: torch.device) -> Tensor:
     """The order in which data are chosen: from its start for the factors, from its end for the quadratic model."""
-    return torch.randperm(data, generator=torch.Generator().manual_seed(seed))
+    return torch.randperm(data, generator=torch.Generator().manual_seed(seed)).to(device)

@@ -13,7 +13,6 @@ arrive during the user's ``backward()``. So do, at the edges, the samples that t
 """
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -29,20 +28,25 @@ from natgrad.batch import Batch, Fisher, full_precision
 from natgrad.calls import Call, choose, group
 from natgrad.chance import Chance
 from natgrad.distributed import World
-from natgrad.forward import Forward, versions
+from natgrad.forward import Ear, Forward, versions
 from natgrad.joint import differing_lengths
-from natgrad.layers import Bases, Layer, Sharing, at_least_float32, is_transformed, uncompiled, unwrap
+from natgrad.layers import (
+    Bases,
+    Layer,
+    Sharing,
+    at_least_float32,
+    is_transformed,
+    statistics_left_alone,
+    uncompiled,
+    unwrap,
+)
 from natgrad.losses import Loss, Weights
-from natgrad.outputs import Origin, Selection, View, met_first, rearrangement
+from natgrad.outputs import Origin, Selection, View, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
 from natgrad.passes import Passes
-from natgrad.rerun import Arguments, again, few, in_other_containers, modes, stands_for
+from natgrad.rerun import Arguments, again, few, in_other_containers, is_watched, modes, stands_for
 from natgrad.vectors import vectors
-
-# Of torch's loss modules, in this order.
-ARGUMENTS = ("input", "target", "var")
-# So many passes may wait for the loss module; more were evaluated, and would be held for nothing.
-WAITING = 4
+from natgrad.waiting import Waiting, given, tell_of_forgotten
 
 
 class Capture:
@@ -94,7 +98,7 @@ class Capture:
         self._calls: list[Call] | None = None  # a list only while the root module's forward runs
         self._chance: Chance | None = None  # likewise
         self._nested = 0  # calls of the model inside its own forward
-        self._waiting = deque[Forward](maxlen=WAITING)  # for the loss module to be called
+        self._waiting = Waiting()  # for the loss module to be called
         self._missed = False  # whether a backward pass began before it was
         self._own_derivatives = OwnDerivatives(self._note)
         self._model, self._handles, self._uncompiled = model, list[RemovableHandle](), ExitStack()
@@ -149,7 +153,7 @@ class Capture:
         self.__dict__.update(settings)
         self._passes = self._of_no_pass(self.__dict__.pop("hears"))
         self.bases = self._calls = self._chance = None
-        self._nested, self._waiting, self._missed = 0, deque(maxlen=WAITING), False
+        self._nested, self._waiting, self._missed = 0, Waiting(), False
         self._own_derivatives, self._uncompiled = OwnDerivatives(self._note), ExitStack()
 
     def _of_no_pass(self, hears: bool = False) -> Passes:
@@ -249,54 +253,51 @@ class Capture:
         if self.loss.module is None:
             self._gather(forward, origins)
             return
-        self._waiting.append(forward)
+        self._waiting.add(forward, origins)
         # A hook that held the pass would hold the graph that holds the hook.
-        origins[0].tensor.register_hook(partial(self._without_loss, weakref.ref(forward), origins[0].order))
+        hook = partial(self._without_loss, weakref.ref(forward), forward.ear, origins[0].order)
+        origins[0].tensor.register_hook(hook)
 
     def _after_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         """The loss module has seen the model's output, perhaps rearranged, and the targets."""
         if not self.attached:
             return
-        named = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
-        seen = named.pop("input")
+        seen, others = given(args, kwargs)
         if not self._waiting or not seen.requires_grad or self.loss.likelihood is None:
             return
-        forward = self._made_of(seen)
+        if (forward := self._waiting.made(seen)) is None:  # it is of another network
+            return
         try:
             forward.rearrange = rearrangement(None if seen is forward.output else forward.output, seen)
         except ValueError:
             if not self.loss.indispensable:  # the gradient will tell which targets count
                 return
-        self._waiting.remove(forward)
+        self._waiting.take(forward)
         forward.rearrange = forward.rearrange or Selection.between(forward.output, seen)
         assert self.loss.weigh is not None
         self.loss.likelihood.check(seen)
         with torch.no_grad():
-            others = tuple(named[name] for name in ARGUMENTS[1:] if name in named)
             forward.weights = self.loss.weigh(module, at_least_float32(seen.detach()), others)
         forward.seen, forward.output, forward.find = forward.output, seen, None
         self._gather(forward, [Origin(seen)])
-
-    def _made_of(self, seen: Tensor) -> Forward:
-        """The waiting pass of whose output the loss module's input was made; the latest, where that cannot be told."""
-        edges = [get_gradient_edge(forward.output) for forward in self._waiting]
-        return self._waiting[max(met_first(get_gradient_edge(seen), edges), default=-1)]
 
     def _watch_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> None:
         """What the training loop multiplies the loss by arrives as the gradient of its value."""
         if not (self.attached and value.requires_grad):
             return
-        given = args[0] if args else kwargs["input"]
         for forward in (batch.latest for batch in self.ahead):
-            if forward is not None and forward.is_input(given):
+            if forward is not None and forward.is_input(given(args, kwargs)[0]):
                 value.register_hook(forward.add_multiplier)
 
-    def _without_loss(self, waiting: weakref.ref[Forward], order: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
+    def _without_loss(
+        self, waiting: weakref.ref[Forward], ear: Ear, order: Callable[[Tensor], Tensor], gradient: Tensor
+    ) -> None:
         """The backward pass begins, and the module was not called, or saw what cannot be traced to the output."""
+        if ear.is_forgotten:
+            tell_of_forgotten()
         forward = waiting()
-        if forward is None or forward not in self._waiting or self.loss.likelihood is None:
+        if forward is None or self.loss.likelihood is None or not self._waiting.take(forward):
             return
-        self._waiting.remove(forward)
         if self.loss.indispensable or forward.find is not None:
             self._missed = True
             return
@@ -315,7 +316,8 @@ class Capture:
                 for use in forward.uses:
                     batch.add_inputs(use, self.sharing)
                 if self.fisher in ("mc", "exact"):
-                    self._backpropagate(part, batch)
+                    with statistics_left_alone(self._model):  # of what is checkpointed, and runs again
+                        self._backpropagate(part, batch)
             if self.sampling and self.whole:
                 for use in forward.uses:
                     if use[0].rows in (forward.data, *forward.lengths):
@@ -337,7 +339,7 @@ class Capture:
     def _part(self, forward: Forward) -> Forward:
         """A pass of the data alone that enter the factors, where that is cheaper and comes to the same; else all."""
         chosen = None if self._has_parts is False else few(forward, self.fisher == "mc")
-        if chosen is None or self._is_watched():
+        if chosen is None or is_watched(unwrap(self._model), {handle.id for handle in self._handles}):
             return forward
         with self.aside():
             self._calls = []  # the hooks on the layers work alone, and for us
@@ -350,11 +352,6 @@ class Capture:
         if part is not None or forward.output.isfinite().all():  # an overflow tells nothing
             self._has_parts = self._has_parts or part is not None
         return part or forward
-
-    def _is_watched(self) -> bool:
-        """Whether hooks of others on the model, too, would take some of the data for all of them."""
-        own = {handle.id for handle in self._handles}
-        return any(not own.issuperset(module._forward_hooks) for module in unwrap(self._model).modules())
 
     def _uses(self, calls: list[Call]) -> list[list[Call]]:
         """Each call by itself, or together with ``"reduce"``, and where a datum's gradient is wanted, their sum."""

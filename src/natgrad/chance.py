@@ -1,17 +1,23 @@
 """Where a forward pass drew its dropout from, so that natgrad can look at the same function again."""
 
+import pickle
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+_KNOWN = WeakKeyDictionary[nn.Module, "Generators"]()
+
 
 class Chance:
     """The random streams that a model may draw from, as they are now: of torch and its devices, of Python and of numpy.
+
+    Those that its modules hold as attributes are among them.
 
     Args:
         model: The module.
@@ -19,25 +25,35 @@ class Chance:
 
     def __init__(self, model: nn.Module) -> None:
         self._devices = _accelerators(model)
-        self._states, self._others = self._read(), _other_streams()
+        self._own = _generators(model)
+        self._states, self._others = self._read(), self._read_others()
 
     def if_drawn(self) -> "Chance | None":
         """Itself if the streams have moved on since."""
-        stayed = all(map(torch.equal, self._states, self._read())) and self._others == _other_streams()
+        stayed = all(map(torch.equal, self._states, self._read())) and self._others == self._read_others()
         return None if stayed else self
 
     def restore(self) -> None:
         """Put the streams back."""
+        of_devices, of_torch = self._states[1 : 1 + len(self._devices)], self._states[1 + len(self._devices) :]
         torch.set_rng_state(self._states[0])
-        for device, state in zip(self._devices, self._states[1:], strict=True):
+        for device, state in zip(self._devices, of_devices, strict=True):
             torch.cuda.set_rng_state(state, device)
-        of_python, of_numpy = self._others
+        for generator, state in zip(self._own.of_torch, of_torch, strict=True):
+            generator.set_state(state)
+        (of_python, of_numpy), *others = self._others
+        for generator, state in zip(self._own.others, others, strict=True):
+            _write(generator, state)
         random.setstate(of_python)
         if of_numpy is not None:
             sys.modules["numpy"].random.set_state(_unpacked(of_numpy))
 
     def _read(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
+        own = [generator.get_state() for generator in self._own.of_torch]
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices), *own]
+
+    def _read_others(self) -> list[Any]:
+        return [_other_streams(), *map(_state_of, self._own.others)]
 
 
 @contextmanager
@@ -48,6 +64,46 @@ def streams_left_alone(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+class Generators(NamedTuple):
+    """What the modules of a model draw from, besides the streams of the process.
+
+    Attributes:
+        of_torch: Of torch.
+        others: Of Python and of numpy.
+    """
+
+    of_torch: list[torch.Generator]
+    others: list[Any]
+
+
+def _generators(model: nn.Module) -> Generators:
+    """Those that are there when a model is first asked for them: to look at all attributes takes time."""
+    if (known := _KNOWN.get(model)) is None:
+        held = dict.fromkeys(value for module in model.modules() for value in vars(module).values() if _draws(value))
+        own = [one for one in held if isinstance(one, torch.Generator)]
+        known = _KNOWN[model] = Generators(own, [one for one in held if not isinstance(one, torch.Generator)])
+    return known
+
+
+def _draws(value: object) -> bool:
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, torch.Generator | random.Random) or (
+        numpy is not None and isinstance(value, numpy.random.Generator)
+    )
+
+
+def _state_of(generator: Any) -> bytes:
+    # Numpy's may hold arrays, which cannot be compared as they are.
+    return pickle.dumps(generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state)
+
+
+def _write(generator: Any, state: bytes) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(pickle.loads(state))
+    else:
+        generator.bit_generator.state = pickle.loads(state)
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:

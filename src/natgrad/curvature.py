@@ -23,9 +23,9 @@ from natgrad.batch import Batch, Fisher
 from natgrad.capture import Capture
 from natgrad.factors import resolve_sharing
 from natgrad.inverses import apply, eigh, reciprocal, scale_in_basis
-from natgrad.layers import Bases, Layer, Sharing, partition, unwrap
+from natgrad.layers import Bases, Layer, Sharing, partition, statistics_left_alone, unwrap
 from natgrad.losses import Declared, resolve
-from natgrad.options import check_fisher
+from natgrad.options import check_fisher, module_of
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def curvature(
         >>> blocks[""].dense().shape
         torch.Size([8, 8])
     """
-    model = unwrap(model)
+    model = unwrap(module_of(model))
     parts = partition(model)
     layers = parts.require_layers()
     meaning = resolve(loss)
@@ -171,7 +171,7 @@ def curvature(
 
 @contextmanager
 def unobserved(model: nn.Module, by: Capture | None = None) -> Iterator[None]:
-    """Passes of the model in here enter no step of an optimizer that watches it.
+    """Passes of the model in here enter no step of an optimizer that watches it, nor its running statistics.
 
     Args:
         model: The module.
@@ -180,6 +180,7 @@ def unobserved(model: nn.Module, by: Capture | None = None) -> Iterator[None]:
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     others = {id(owner): owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Capture)}
     with ExitStack() as stack:
+        stack.enter_context(statistics_left_alone(model))
         for owner in others.values():
             if owner is not by:
                 stack.enter_context(owner.aside())

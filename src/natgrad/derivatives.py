@@ -85,6 +85,39 @@ class Agreement:
         self._state[self._name] = torch.zeros(1)
 
 
+class ForwardMode:
+    """Whether torch differentiates the network forwards; where it once failed, it is not tried again.
+
+    Args:
+        state: Of the first layer's first parameter; None for a network that is looked at once.
+        draws: Whether the network draws numbers. Transforms of ``torch.func`` draw others from the same random stream
+            where tensors are not laid out row by row, and so are no way then.
+    """
+
+    _NAME = "differences"
+
+    def __init__(self, state: State | None = None, draws: bool = False) -> None:
+        self._state, self._draws = {} if state is None else state, draws
+
+    def ways(self, dtypes: set[torch.dtype]) -> list[Callable[[Function, Named, Named], tuple[Outputs, Outputs]]]:
+        """Those to be tried, by the dtypes of the parameters."""
+        if self.fails:
+            return []
+        if self._draws:
+            return [by_dual_numbers]
+        return [_by_transform] if dtypes == {torch.float64} else [_by_transform, by_dual_numbers]
+
+    @property
+    def fails(self) -> bool:
+        """Whether it failed, so that derivatives are differences."""
+        return self._NAME in self._state
+
+    def fail(self, reason: str) -> None:
+        """Note that it did."""
+        self._state[self._NAME] = torch.ones(1)
+        _tell_once(reason)
+
+
 def along(
     output: Function,
     parameters: Named,
@@ -93,8 +126,8 @@ def along(
     data: float,
     before: Outputs | None = None,
     differentiates: Callable[[], bool] = lambda: False,
-    told: Callable[[str], None] = lambda _: None,
     smooth: Agreement | None = None,
+    forward_mode: ForwardMode | None = None,
 ) -> tuple[Outputs, list[Tensor]]:
     """The outputs, and derivatives of the last of them along each direction.
 
@@ -106,8 +139,8 @@ def along(
         data: How many the batch has, of which these outputs may be few; on all ranks.
         before: The outputs at these parameters, if they are known.
         differentiates: Whether the network was seen to differentiate itself; asked when outputs are known.
-        told: As for ``directional_derivative``.
         smooth: Whether differences are derivatives; taken for granted, if left out.
+        forward_mode: As for ``directional_derivative``.
     """
     large = data * sum(p.numel() for p in parameters.values()) >= LARGE
     step = 0.0
@@ -123,12 +156,13 @@ def along(
         if before is not None and step > 0:
             product = short_difference(output, parameters, direction, before[-1], reach * step, least)
         if product is not None and smooth is not None and smooth.is_due and not differentiates():
-            smooth.learn(product, directional_derivative(output, parameters, direction, told)[1][-1])
+            sure = directional_derivative(output, parameters, direction, before, forward_mode)[1][-1]
+            smooth.learn(product, sure)
             jumps = smooth.is_refuted
         if jumps:
             before, (*_, product) = central_difference(output, parameters, direction, before)
         elif product is None:
-            before, (*_, product) = directional_derivative(output, parameters, direction, told)
+            before, (*_, product) = directional_derivative(output, parameters, direction, before, forward_mode)
         products.append(product)
     return before or (), products
 
@@ -146,7 +180,11 @@ def short_difference(
 
 
 def directional_derivative(
-    output: Function, parameters: Named, direction: Named, told: Callable[[str], None] = lambda _: None
+    output: Function,
+    parameters: Named,
+    direction: Named,
+    before: Outputs | None = None,
+    forward_mode: ForwardMode | None = None,
 ) -> tuple[Outputs, Outputs]:
     """The outputs and their derivatives along the direction: exact by forward-mode differentiation, if there is one.
 
@@ -156,21 +194,26 @@ def directional_derivative(
         output: As for ``along``.
         parameters: Where.
         direction: A tensor for every parameter.
-        told: Is told why there is none, and they are differences.
+        before: The outputs, if they are known.
+        forward_mode: What is known of that.
     """
-    try:
-        _load_rules()
-        return torch.func.jvp(output, (parameters,), (direction,))  # type: ignore[return-value]  # no has_aux
-    except (NotImplementedError, RuntimeError) as error:  # fused recurrent kernels, custom functions
-        reason = str(error)
-    if any(p.dtype != torch.float64 for p in parameters.values()):
+    forward_mode = forward_mode or ForwardMode()
+    reason = ""
+    for way in forward_mode.ways({p.dtype for p in parameters.values()}):
         try:
-            return by_dual_numbers(output, parameters, direction)
-        except (NotImplementedError, RuntimeError) as error:
+            return way(output, parameters, direction)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:  # fused kernels, custom functions
             reason = str(error)
-    _tell_once(reason)
-    told(reason)
-    return central_difference(output, parameters, direction)
+    if reason:
+        forward_mode.fail(reason)
+    return central_difference(output, parameters, direction, before)
+
+
+def _by_transform(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:
+    _load_rules()
+    return torch.func.jvp(output, (parameters,), (direction,))  # type: ignore[return-value]  # no has_aux
 
 
 @functools.cache
@@ -185,7 +228,8 @@ def _load_rules() -> None:
 
 
 def by_dual_numbers(output: Function, parameters: Named, direction: Named) -> tuple[Outputs, Outputs]:
-    """The outputs and their derivatives along the direction, in a network that calls autograd itself."""
+    """The outputs and their derivatives along the direction, also in a network that calls autograd itself, or draws."""
+    _load_rules()
     with forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(p, direction[name]) for name, p in parameters.items()}
         pairs = [forward_ad.unpack_dual(dual) for dual in output(duals)]

@@ -192,7 +192,7 @@ def flush(average: Tensor) -> None:
 def update_average(state: dict[str, Tensor], new: Mapping[str, Tensor], decay: float, age: str = "age") -> None:
     """Fold ``new`` tensors into those of the same names, debiased by ``state[age]``, their total weight w."""
     if age not in state:
-        state.update({**new, age: torch.ones((), dtype=torch.float32)})
+        state.update({**new, age: torch.ones((), dtype=torch.float64)})
         return
     state[age].mul_(decay).add_(1.0)
     share = 1.0 / state[age].item()

@@ -1,6 +1,7 @@
 """A number by which the inputs of one forward pass are told from those of another."""
 
 import math
+import zlib
 from functools import lru_cache
 from typing import Any
 
@@ -13,20 +14,28 @@ ENTRIES = 4096
 
 
 def fingerprint(arguments: Any) -> float:
-    """A number that other inputs hardly have, nor these in another order; NaN if some are no tensors or numbers.
+    """A number that other inputs hardly have, nor these in another order; NaN if some cannot be read.
 
-    Sparse and complex ones are not read.
+    That is what is neither a tensor nor a number nor a word. Of sparse tensors the values are read, not their places.
     """
     total = 0.0
     for place, leaf in enumerate(tree_leaves(arguments), start=1):
         if isinstance(leaf, Tensor):
-            if leaf.layout is torch.strided and not leaf.is_complex() and leaf.numel():
-                chosen, weights = _entries(leaf.numel(), leaf.device)
-                flat = leaf.detach().reshape(-1)
+            if (flat := _numbers(leaf.detach()).reshape(-1)).numel():
+                chosen, weights = _entries(flat.numel(), flat.device)
                 total += place * float((flat if chosen is None else flat[chosen]).float() @ weights)
-        elif leaf is not None and not isinstance(leaf, int | float | str):
+        elif leaf is None or isinstance(leaf, int | float | str):
+            total += place * zlib.crc32(repr(leaf).encode()) / 2**32
+        else:
             return math.nan
     return total
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """Those that a tensor holds, real ones."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @lru_cache(maxsize=32)

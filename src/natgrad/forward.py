@@ -35,10 +35,12 @@ class Ear:
 
     Attributes:
         heard: It did.
+        is_forgotten: It was let go before the loss module was called with its output.
         hooks: What waits for it. Only the graph keeps these.
     """
 
     heard: bool = False
+    is_forgotten: bool = False
     hooks: list[weakref.ref[Any]] = field(default_factory=list)
 
     @property

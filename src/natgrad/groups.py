@@ -4,6 +4,7 @@ A user's parameter group becomes one or two: the parameters that belong to a lay
 and the rest, ``fallback=True``, which AdamW trains with a rate of its own. Each keeps what else its group said.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,3 +90,14 @@ def relative_rates(
     rates = {p: float(group["lr"]) for group in groups for p in group["params"] if p in natural}
     top = max(rates.values(), default=0.0)
     return top, {p: rate / top if top else 1.0 for p, rate in rates.items()}
+
+
+def tell_of_untrained(names: Sequence[str]) -> None:
+    """Warn of parameters, by name, that have a gradient and no group."""
+    warnings.warn(
+        f"natgrad: {', '.join(names[:3])}{' and others' * (len(names) > 3)} got a gradient, and will not be trained, "
+        "as they were frozen, or not there, when the optimizer was made: add them by "
+        '`optimizer.add_param_group({"params": …})`.',
+        UserWarning,
+        stacklevel=5,
+    )

@@ -128,7 +128,7 @@ class EkfacInverse(BasisInverse):
         g, Q_G = eigh(G)
         a, g = a.clamp(min=0).unsqueeze(-2), g.clamp(min=0).unsqueeze(-1)
         shift = damping.g * a + g * damping.a + damping.g * damping.a + damping.product
-        age = torch.ones((), dtype=A.dtype)
+        age = torch.ones((), dtype=torch.float64)
         return {"spectrum": g * a, "spectrum_age": age, "shift": shift, "A_basis": Q_A, "G_basis": Q_G}
 
     def scale(self, inverse: dict[str, Tensor]) -> Tensor:

@@ -40,9 +40,10 @@ def bitwise(optimizer: torch.optim.Optimizer, pre: Preconditioner) -> Iterator[N
     def keep(_: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
-                # AdamW wants the dtype of the parameter.
-                cast = {name: optimizer.state[p][name] for name in arrived[p]} if group["fallback"] else arrived[p]
-                optimizer.state[p] = states.copied(cast, p)
+                if group["fallback"]:  # AdamW wants the dtype of the parameter, and says itself what is on its device
+                    optimizer.state[p] = {name: optimizer.state[p][name].clone() for name in arrived[p]}
+                else:
+                    optimizer.state[p] = states.copied(arrived[p], p)
         pre.resume()
 
     # The user's hooks may change what is loaded, and may see what was.

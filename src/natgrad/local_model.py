@@ -32,7 +32,16 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.calls import shuffled
-from natgrad.derivatives import SMOOTH, Agreement, Outputs, along, directional_derivative, length, without_graph
+from natgrad.derivatives import (
+    SMOOTH,
+    Agreement,
+    ForwardMode,
+    Outputs,
+    along,
+    directional_derivative,
+    length,
+    without_graph,
+)
 from natgrad.distributed import Ranks, is_sharded, whole
 from natgrad.forward import Forward
 from natgrad.layers import at_least_float32, uses_batch_statistics
@@ -86,10 +95,11 @@ class LocalModel:
         self.multiplier, self.scaler = 1.0, 1.0
         # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
         self.parts = (0.0, 0.0)
-        self._products, self._reasons = list[Tensor](), list[str]()  # J d of the latest `curvature`; why by differences
+        self._products = list[Tensor]()  # J d of the latest `curvature`
         self._differentiates = False
         self._state = state
         self.smooth = None if state is None else Agreement(state, "smooth", SMOOTH)
+        self._forward_mode = ForwardMode(state, draws=forward.chance is not None)
         self._ruled_out: Tensor | None = None  # where the user's output is −∞
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
         enough = round(min(more * max(MIN_DATA * self.ranks.part, SHARE * forward.data), forward.data))
@@ -118,7 +128,7 @@ class LocalModel:
         """
         forward = self.forward
         assert forward.gradient is not None
-        order = shuffled(forward.data, forward.seed).to(forward.output.device)
+        order = shuffled(forward.data, forward.seed, forward.output.device)
         self.size, self.repeats, self._before = size, self._repeats("parts"), None
         self.chosen, self.emphasis = stratified(order, size, forward.gradient.reshape(forward.data, -1))
         try:
@@ -129,6 +139,8 @@ class LocalModel:
             if self.repeats is not None and self.repeats.is_sure:
                 return True
             self._before = self._run({})
+        except torch.OutOfMemoryError:
+            raise
         except REFUSALS:
             return False
         (returned, output), expected = self._before, self._take(forward.output)
@@ -137,12 +149,17 @@ class LocalModel:
         if self.repeats is not None and self.repeats.is_due:
             self._compare(expected)
         apart = torch.linalg.vector_norm(output - expected) > APART * torch.linalg.vector_norm(expected)
-        return not apart or any(map(uses_batch_statistics, self.model.modules()))
+        return not apart or self.has_other_statistics
 
     @property
     def has_all(self) -> bool:
         """Whether it is of all data of the pass."""
         return self.size == self.forward.data
+
+    @property
+    def has_other_statistics(self) -> bool:
+        """Whether the network computes statistics of its batch, and these are of fewer data than the pass had."""
+        return not self.has_all and any(map(uses_batch_statistics, self.model.modules()))
 
     def differentiates(self) -> bool:
         """Whether the network was seen to differentiate itself."""
@@ -164,8 +181,8 @@ class LocalModel:
             data,
             self._known(),
             self.differentiates,
-            self._reasons.append,
             self.smooth,
+            self._forward_mode,
         )
         _, at = self._before
         root = self._weigh(at).sqrt()
@@ -184,7 +201,7 @@ class LocalModel:
         of_all = self.forward.terms(self.likelihood) / (self.ranks.part * self.ranks.world.size or 1.0)
         is_all = self.has_all and math.isclose(of_all, self.total_terms, rel_tol=SAME_TERMS)
         # Together, as all of them take part in the mean or none.
-        if not self.ranks.all(is_all and not self._reasons and self.forward.find is None):
+        if not self.ranks.all(is_all and not self._forward_mode.fails and self.forward.find is None):
             return None
         arrived = self._arrived() / self.scaler
         terms = [(arrived * product).double() for product in self._products]
@@ -194,7 +211,9 @@ class LocalModel:
         """Derivative along the direction of what the user differentiated, by its gradient at the output."""
         parameters = self._parameters(direction)
         tangent = {name: direction[name].to(parameter.dtype) for name, parameter in parameters.items()}
-        self._before, (product, _) = directional_derivative(self._run, parameters, tangent)
+        self._before, (product, _) = directional_derivative(
+            self._run, parameters, tangent, self._before, self._forward_mode
+        )
         return float(self.ranks.mean(torch.sum(self._arrived() * product)))
 
     def change(self, step: dict[str, Tensor]) -> float:
@@ -302,14 +321,14 @@ class LocalModel:
             try:
                 return once_more()
             except RuntimeError as error:
-                if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                if torch.is_grad_enabled() or not _wants_gradients(error):
                     raise
         self._differentiates = True  # an energy, to get forces, or a solution, to get residuals
         with torch.enable_grad():
             try:
                 return once_more()
             except RuntimeError as error:
-                if "does not require grad" not in str(error):
+                if not _wants_gradients(error):
                     raise
             # By its own parameters, as in meta-learning.
             leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in parameters.items()}
@@ -343,3 +362,8 @@ class LocalModel:
         """The chosen data's rows, of a tensor that has one or several for each datum."""
         chosen: Tensor = rows.unflatten(0, (self.forward.data, -1))[self.chosen].flatten(0, 1)
         return chosen
+
+
+def _wants_gradients(error: RuntimeError) -> bool:
+    """Whether a network differentiates itself, or keeps gradients of what is in it, and met none."""
+    return any(text in str(error) for text in ("does not require grad", "can't retain_grad"))

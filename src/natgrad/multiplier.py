@@ -134,7 +134,9 @@ class LossMultiplier:
         """The quadratic model of the user's loss, on the current pass."""
         if self.undeclared.is_found:
             return self.of_all()
-        return self._made(more=Trust(self.state).more)
+        some = self._made(more=Trust(self.state).more)
+        # Outputs by other statistics than the loop's tell nothing of s.
+        return some if self._is_trusted or not some.has_other_statistics else self.of_all()
 
     def of_all(self) -> LocalModel:
         """The same on all data of the pass."""
@@ -245,8 +247,10 @@ class LossMultiplier:
             return False
         change = self.changed_by(step)
         back, fresh_bend = self.local.parts
-        if self._is_trusted or not fresh_bend:  # a loss that is linear in the output tells nothing of s
-            return not Trust(self.state).refutes(self.promised, change)
+        stands = not (self._is_trusted and Trust(self.state).refutes(self.promised, change))
+        # Trust by an earlier step may have been a mistake. A loss that is linear in the output tells nothing of s.
+        if self.bound[1] or not fresh_bend or (self._is_trusted and stands):
+            return stands
         # By the slope that its own batch saw at its start: so much of that is noise, and was never there on other data.
         noise = 0.0 if self.is_repeated else self._noise()
         most, least = -back - slope, -back - (1 - noise) * slope
@@ -259,7 +263,7 @@ class LossMultiplier:
             factor = max(high, SHRINK)
         self._set(self.loss * factor, self.scaler)
         self._promise = self._promise._replace(is_trusted=factor == 1 and bend > 0)
-        return factor <= 1
+        return factor <= 1 and stands
 
     def _is_steady(self, growth: float) -> bool:
         """Whether there is a gradient scaler as before, after S s was seen to become so many times larger."""

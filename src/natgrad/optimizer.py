@@ -11,7 +11,6 @@ AdamW, in groups of their own (:mod:`natgrad.groups`).
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Literal
@@ -28,8 +27,8 @@ from natgrad.averaging import Averages
 from natgrad.batch import full_precision
 from natgrad.clipping import clip_scale, dot
 from natgrad.distributed import Distributed, like, whole
-from natgrad.groups import relative_rates, split
-from natgrad.layers import partition
+from natgrad.groups import relative_rates, split, tell_of_untrained
+from natgrad.layers import RunningStatistics, partition
 from natgrad.loading import AUTOMATIC, bitwise
 from natgrad.losses import Declared
 from natgrad.multiplier import LossMultiplier
@@ -102,6 +101,7 @@ class KFAC(torch.optim.Optimizer):
         self.undone_steps = 0
         self._diagnostics: dict[str, float] = {}
         self._latest_step: dict[nn.Parameter, Tensor] = {}
+        self._statistics: RunningStatistics | None = None  # of batches, before the next pass
         self._refusals = Refusals()
         self._constructed = False
         every = list(self.preconditioner.model.parameters())
@@ -139,13 +139,7 @@ class KFAC(torch.optim.Optimizer):
         named = self.preconditioner.model.named_parameters() if self._trains_all else ()
         if names := [name for name, p in named if p.requires_grad and p.grad is not None and p not in trained]:
             self._trains_all = False
-            warnings.warn(
-                f"natgrad: {', '.join(names[:3])}{' and others' * (len(names) > 3)} got a gradient, and will not be "
-                "trained, as they were frozen, or not there, when the optimizer was made: add them by "
-                '`optimizer.add_param_group({"params": …})`.',
-                UserWarning,
-                stacklevel=4,
-            )
+            tell_of_untrained(names)
 
     @property
     def _evaluates(self) -> bool:  # the model, to choose the step
@@ -206,7 +200,7 @@ class KFAC(torch.optim.Optimizer):
             names = states.of_adamw(group) if group["fallback"] else ["velocity", *averages] if moves else []
             for p in group["params"]:
                 known = {**self.state.get(p, {}), **layers.get(p, {})}
-                complete[p] = states.completed(known, names, partial(states.of_parameter, p))
+                complete[p] = states.completed(known, names, partial(states.of_parameter, p, group))
         return complete
 
     def _stands(self, multiplier: LossMultiplier, finite: bool) -> bool:
@@ -220,6 +214,8 @@ class KFAC(torch.optim.Optimizer):
         for parameter, velocity in step().items():
             parameter.sub_(like(velocity.to(parameter.dtype), parameter))
             del self.state[parameter]["velocity"]
+        if self._statistics is not None:  # they have seen what the network makes of a batch there
+            self._statistics.restore()
         multiplier.forget()
         self.undone_steps += 1
         return False
@@ -250,6 +246,7 @@ class KFAC(torch.optim.Optimizer):
         alpha, mu = self._coefficients(course, averaged, lr)
         self._diagnostics.update(lr=alpha, momentum=mu)
         self._move(natural, onward, shares, alpha, mu)
+        self._statistics = RunningStatistics(self.preconditioner.model) if self.automatic_lr else None
         if self.preconditioner.may_average and averaged is None:
             self._averages().rest()
 
@@ -330,7 +327,7 @@ class KFAC(torch.optim.Optimizer):
         """
         with bitwise(self, self.preconditioner):
             super().load_state_dict(state_dict)
-        self._diagnostics, self._latest_step = {}, {}
+        self._diagnostics, self._latest_step, self._statistics = {}, {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, to be made between two steps; the model comes along."""
@@ -341,7 +338,7 @@ class KFAC(torch.optim.Optimizer):
         """Of a copy, and of torch's ``load_state_dict``."""
         super().__setstate__(state)
         if "preconditioner" in state:
-            self._diagnostics, self._latest_step, self._refusals = {}, {}, Refusals()
+            self._diagnostics, self._latest_step, self._refusals, self._statistics = {}, {}, Refusals(), None
             self.register_state_dict_post_hook(_complete)
         self._share()
 

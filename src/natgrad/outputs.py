@@ -159,7 +159,7 @@ def rearrangement(returned: Tensor | None, given: Tensor) -> Callable[[Tensor], 
             same = way(returned)
         except (RuntimeError, IndexError):  # a shape that does not divide
             continue
-        if same.shape == given.shape and torch.equal(same, given):
+        if _equal(same, given):
             return way
     raise ValueError(
         f"the loss module got an input of shape {tuple(given.shape)} that natgrad cannot trace to the model's output, "
@@ -202,7 +202,14 @@ class Selection:
             return None
         places = marks.flatten(1).argsort(dim=1, descending=True, stable=True)[:, : given[0].numel()].flip(1)
         found = cls(places, given.shape[1:])
-        return found if torch.equal(found(returned), given) else None
+        return found if _equal(found(returned), given) else None
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, also where they are not numbers."""
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def as_one(tensors: Sequence[Tensor]) -> Tensor:

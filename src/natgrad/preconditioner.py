@@ -283,7 +283,8 @@ class Preconditioner:
         natural: dict[nn.Parameter, Tensor] = {}
         for layer in self.layers:
             if layer.name in solutions:
-                natural.update(zip(layer.parameters, layer.from_matrix(solutions.pop(layer.name)), strict=True))
+                steps = zip(layer.parameters, layer.from_matrix(solutions.pop(layer.name)), strict=True)
+                natural.update((p, step) for p, step in steps if self.gradient(p) is not None)
         return natural
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
@@ -295,11 +296,11 @@ class Preconditioner:
         self._whole, self.batch, self.multiplier = {}, Batch(self.loss, self.fisher), None
 
     def _matrix(self, gradient: Gradient, layer: Layer) -> Tensor | None:
-        """The gradient of a layer as a matrix; None without all of it or without factors."""
-        state = self._state(layer)
-        gradients = [g for p in layer.parameters if (g := gradient(p)) is not None]
-        if "A" not in state or len(gradients) < len(layer.parameters):
+        """The gradient of a layer as a matrix, zero for what was frozen since; None without any or without factors."""
+        state, there = self._state(layer), [gradient(p) for p in layer.parameters]
+        if "A" not in state or all(g is None for g in there):
             return None
+        gradients = [p.new_zeros(p.shape) if g is None else g for p, g in zip(layer.parameters, there, strict=True)]
         return layer.to_matrix(gradients).to(state["A"].dtype)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -29,6 +29,7 @@ SHARE = 1 / 4
 SAME = 0.01
 HALF = (torch.float16, torch.bfloat16)
 # What a model raises that does not take some of the data alone, as it is made for one size of batch or relates them.
+# Where memory is full that is no refusal, and to try something else would take more of it.
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 # Attributes that torch gives every module.
@@ -65,7 +66,19 @@ def rerun(
         if chance is not None:
             chance.restore()
         # Torch would find these places itself, and leave other tensors in modules that are registered twice.
-        return functional_call(model, everywhere, args, kwargs, tie_weights=False)
+        with _fast_paths_left_out():
+            return functional_call(model, everywhere, args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def _fast_paths_left_out() -> Iterator[None]:
+    """Without gradients, torch's transformers in ``eval`` mode make something else of padded positions."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def modes(model: nn.Module) -> tuple[bool, ...]:
@@ -227,10 +240,17 @@ def again(model: nn.Module, forward: Forward, chosen: Tensor, select: Callable[[
             if arguments is None:
                 return None
             output = select(rerun(model, {}, *arguments))
+    except torch.OutOfMemoryError:
+        raise
     except REFUSALS:
         return None
     weights = None if forward.weights is None else Weights(*(weight[chosen] for weight in forward.weights))
     return Forward(*arguments, output, [], weights)
+
+
+def is_watched(model: nn.Module, own: set[int]) -> bool:
+    """Whether hooks of others on the model, too, would take some of the data for all of them; ``own`` are ours."""
+    return any(not own.issuperset(module._forward_hooks) for module in model.modules())
 
 
 def stands_for(part: Forward, uses: list[list[Call]], whole: Forward, chosen: Tensor) -> bool:

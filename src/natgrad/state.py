@@ -26,7 +26,7 @@ OF_BLOCK = ("scale", "spectrum", "shift")
 # Whether the factors are newer than their inverse.
 MOVED = "moved"
 # Kept with the first layer, for the whole network; and their sizes.
-OF_ALL = {**sizes(LossMultiplier, Trust, Pace, Undeclared), "smooth": 1, "repeats": 1, "parts": 1}
+OF_ALL = {**sizes(LossMultiplier, Trust, Pace, Undeclared), "smooth": 1, "repeats": 1, "parts": 1, "differences": 1}
 
 
 def names(inverse: Sequence[str], sampling: bool) -> list[str]:
@@ -48,8 +48,7 @@ def of_layer(layer: Layer, name: str) -> Tensor:
     if name in ("step", MOVED):
         return torch.zeros(())
     if name in ("age", "rows", "noise", "spectrum_age"):
-        dtypes = {"noise": torch.float64, "spectrum_age": wide}
-        return torch.full((), torch.nan, dtype=dtypes.get(name, torch.float32))
+        return torch.full((), torch.nan, dtype=torch.float32 if name == "rows" else torch.float64)
     blocks = () if layer.blocks is None else (layer.blocks,)
     (out, width), (g_diagonal, a_diagonal) = layer.shape, layer.diagonal
     shapes = {
@@ -65,10 +64,11 @@ def of_adamw(group: Mapping[str, Any]) -> list[str]:
     return ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
 
 
-def of_parameter(parameter: nn.Parameter, name: str) -> Tensor:
-    """What is kept of each parameter before the first step."""
+def of_parameter(parameter: nn.Parameter, group: Mapping[str, Any], name: str) -> Tensor:
+    """What is kept of each parameter of a group before the first step."""
     if name == "step":
-        return torch.zeros(())
+        is_on_device = group.get("capturable") or group.get("fused")  # where AdamW wants it
+        return torch.zeros((), device=parameter.device if is_on_device else None)
     if name in ("velocity", "average"):
         wide = torch.promote_types(parameter.dtype, torch.float32)
         return torch.full_like(parameter, torch.nan, dtype=wide, memory_format=torch.contiguous_format)

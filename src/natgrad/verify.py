@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from natgrad.curvature import Block, curvature, unobserved
 from natgrad.derivatives import directional_derivative
 from natgrad.layers import Layer, Sharing, at_least_float32, unwrap
 from natgrad.losses import Declared, Loss, Weights, resolve
+from natgrad.options import module_of
 from natgrad.outputs import View
 from natgrad.report import format_table
 from natgrad.rerun import rerun
@@ -123,7 +124,7 @@ def verify(
         >>> natgrad.verify(model, x, y, "mse").layers[0].verdict
         'exact'
     """
-    model, meaning = unwrap(model), resolve(loss)
+    model, meaning = unwrap(module_of(model)), resolve(loss)
     view = View(output, meaning)
     with unobserved(model):
         x, y, notes = _restrict(model, x, y, view, max_outputs)
@@ -151,12 +152,16 @@ def _restrict(model: nn.Module, x: Any, y: Any, view: View, max_outputs: int) ->
     """As many of the first data as have no more than ``max_outputs`` output entries."""
     with torch.no_grad():
         entries = view(model(x)).numel()
-    data = len(x)
+    data = next(len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim)
     if entries <= max_outputs:
         return x, y, []
     kept = max(1, data * max_outputs // entries)
     note = f"The first {kept} of {data} data were used, as all of them have {entries:,} output entries."
-    return x[:kept], tree_map(lambda targets: targets[: kept * (len(targets) // data)], y), [note]
+
+    def first(tensor: Any) -> Any:
+        return tensor[: kept * (len(tensor) // data)] if isinstance(tensor, Tensor) and tensor.ndim else tensor
+
+    return tree_map(first, x), tree_map(first, y), [note]
 
 
 class Truth:

@@ -8,7 +8,7 @@ from natgrad.layers import attention, convolution, embedding, linear, normalizat
 from natgrad.layers.base import Layer, Recorder, WeightLayer, is_transformed, register, registered
 from natgrad.layers.derivative import DerivativeUse
 from natgrad.layers.moments import Moment, Sharing, at_least_float32
-from natgrad.layers.normalization import uses_batch_statistics
+from natgrad.layers.normalization import RunningStatistics, statistics_left_alone, uses_batch_statistics
 from natgrad.layers.partition import Partition, entry, partition, uncompiled, unwrap
 from natgrad.layers.spectrum import Bases
 
@@ -19,6 +19,7 @@ __all__ = [
     "Moment",
     "Partition",
     "Recorder",
+    "RunningStatistics",
     "Sharing",
     "WeightLayer",
     "at_least_float32",
@@ -33,6 +34,7 @@ __all__ = [
     "recurrent",
     "register",
     "registered",
+    "statistics_left_alone",
     "uncompiled",
     "unwrap",
     "uses_batch_statistics",

@@ -118,7 +118,7 @@ class Layer(ABC):
                     "where natgrad cannot see its data. Call the module on the whole batch, and take derivatives by "
                     "`torch.autograd.grad(…, create_graph=True)`: these are seen."
                 )
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
             recorder.record(self, self.remember(x.detach(), z), z, source=x if self.is_linear else None)
 
     @property

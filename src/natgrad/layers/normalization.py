@@ -5,14 +5,16 @@ gradients are the rows of G, and A is the 1×1 identity, so that kron(G, A) is t
 block would be large, G keeps one 2×2 block a channel, (γ_c, β_c), as B = channels independent blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from natgrad.layers.base import Layer, register
+from natgrad.layers.moments import at_least_float32
 
 # Above this many parameters the channels are taken to be independent.
 MAX_EXACT = 1024
@@ -47,6 +49,7 @@ class ScaleShiftLayer(Layer):
 
     def gradients(self, g: Tensor, x: Tensor) -> Tensor:
         """Gradients of γ and β for each datum: (N, 1, γ then β), or (channels, N, 1, γ and β)."""
+        g = at_least_float32(g)
         parts = [self._per_datum(g * x)] * self.has_scale + [self._per_datum(g)] * self.has_shift  # (N, channels)
         if self.blocks is None:
             return torch.cat(parts, dim=1).unsqueeze(1)
@@ -101,3 +104,31 @@ def normalize(module: nn.Module, x: Tensor) -> Tensor:
 def uses_batch_statistics(module: nn.Module) -> bool:
     """Whether the output for a datum depends on the others in the batch, by their mean and variance."""
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+class RunningStatistics:
+    """Those that a model keeps of its batches, as they are now.
+
+    Args:
+        model: The module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        kept = [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
+        self._buffers = [buffer for module in kept for buffer in module.buffers(recurse=False)]
+        self._values = [buffer.clone() for buffer in self._buffers]
+
+    def restore(self) -> None:
+        """Put them back; between a forward and a backward pass, too, which must not take that for a change."""
+        for buffer, value in zip(self._buffers, self._values, strict=True):
+            buffer.data.copy_(value)
+
+
+@contextmanager
+def statistics_left_alone(model: nn.Module) -> Iterator[None]:
+    """Passes of the model in here do not count in what it keeps of its batches."""
+    before = RunningStatistics(model)
+    try:
+        yield
+    finally:
+        before.restore()

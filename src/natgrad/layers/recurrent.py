@@ -193,8 +193,8 @@ def _pair(module: nn.Module, part: str) -> tuple[nn.Parameter, nn.Parameter | No
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """The input and the given initial state, or None."""
-    values = [*args, *kwargs.values()]
-    return values[0], values[1] if len(values) > 1 else None
+    given = {**dict(zip(("input", "hx"), args, strict=False)), **kwargs}
+    return given["input"], given.get("hx")
 
 
 def _initial(module: nn.Module, x: Tensor, given: Any) -> State:

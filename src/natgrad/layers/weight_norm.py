@@ -29,6 +29,7 @@ class WeightNormLayer(WrappedLayer):
         originals: Any = inner.module.parametrizations["weight"]  # type: ignore[index]
         self.g: nn.Parameter = originals.original0
         self.v: nn.Parameter = originals.original1
+        inner.parameters[0] = self.v  # it is shaped like W, which is computed, and must not be kept
         self.parameters = [self.g, self.v, *inner.parameters[1:]]
 
     def to_matrix(self, gradients: Sequence[Tensor]) -> Tensor:
