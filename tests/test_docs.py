@@ -29,7 +29,7 @@ def load(path: pathlib.Path):
 
 
 def resolve(name: str):
-    """`curvature` is the function, `curvature.Block` lives in the module of that name."""
+    """Of what is not in the package itself the module stands before it."""
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(f"natgrad.{module}") if module else natgrad, attribute)
 
@@ -39,7 +39,7 @@ def public_names() -> set[str]:
     for name, one in vars(natgrad.likelihoods).items():
         if inspect.isclass(one) and issubclass(one, natgrad.likelihoods.Likelihood) and not name.startswith("_"):
             names.add(f"likelihoods.{name}")
-    return names | {"layers.Layer", "layers.register", "curvature.Block"}
+    return names | {"layers.Layer", "layers.register", "blocks.Block"}
 
 
 def test_the_reference_has_every_public_name() -> None:
@@ -78,7 +78,7 @@ def test_methods_tell_their_errors(name: str) -> None:
 
 def test_tensors_have_shapes() -> None:
     """Of what a block stores, and of what its methods take and return where that is a tensor with a shape."""
-    block = resolve("curvature.Block")
+    block = resolve("blocks.Block")
     told = inspect.getdoc(block)
     for field, kind in block.__annotations__.items():
         if kind is Tensor:

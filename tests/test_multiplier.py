@@ -17,6 +17,7 @@ from kfac_cases import network as with_adamw
 from natgrad import local_model, multiplier
 from natgrad.forward import Forward
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LogCategorical, Poisson
+from natgrad.local_model import Change
 from natgrad.multiplier import EVERY, LossMultiplier, at_least
 from natgrad.quadratic import HALVINGS
 from natgrad.trust import Trust
@@ -480,10 +481,10 @@ class Line:
     """A loss that is linear in the output has risen; as a local model tells it."""
 
     multiplier = scaler = 1.0
-    parts, has_other_statistics = (-2.0, 0.0), False
+    has_other_statistics = False
 
-    def change(self, step: object) -> float:
-        return -0.3
+    def change(self, step: object) -> Change:
+        return Change(-2.0, 0.0)
 
 
 def test_a_loss_that_does_not_bend_tells_no_multiplier() -> None:

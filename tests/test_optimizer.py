@@ -291,7 +291,7 @@ def test_where_no_step_lowers_the_loss_the_parameters_stay(monkeypatch: pytest.M
     train(optimizer, 0)
     before = values(optimizer)
     with monkeypatch.context() as patch:
-        patch.setattr(local_model.LocalModel, "change", lambda self, step: 1.0)
+        patch.setattr(local_model.LocalModel, "change", lambda self, step: local_model.Change(1.0, 0.0))
         train(optimizer, 1)
     after, diagnostics = values(optimizer), optimizer.diagnostics()
     assert [diagnostics[key] for key in ("lr", "momentum", "halvings")] == [0.0, 0.0, float(quadratic.HALVINGS)]

@@ -16,7 +16,7 @@ from cases import MSE, Loss, data_for, every_loss
 from natgrad import derivatives, local_model
 from natgrad.forward import Forward
 from natgrad.likelihoods import Gaussian
-from natgrad.local_model import LocalModel
+from natgrad.local_model import Change, LocalModel
 from natgrad.losses import resolve
 from natgrad.quadratic import choose, combine, minimize
 from oracle import relative_error
@@ -182,9 +182,17 @@ class Slope:
     def curvature(self, directions: list[Direction]) -> Tensor:
         return self.M
 
-    def change(self, step: Direction) -> float:
+    def change(self, step: Direction) -> Change:
         self.steps.append(step["w"].item())
-        return self.changes[min(len(self.steps), len(self.changes)) - 1]
+        return Change(self.changes[min(len(self.steps), len(self.changes)) - 1], 0.0)
+
+
+def chosen(
+    local: Any, directions: list[Direction], b: Tensor, given: list[float | None], judge: Any = lambda _: 1.0
+) -> tuple[Tensor, dict[str, float]]:
+    """Coefficients and diagnostics, where all of the loss was declared."""
+    c, _, told = choose(local, directions, b, given, lambda *_: None, judge)
+    return c, told
 
 
 DIRECTIONS = [{"w": torch.tensor(1.0)}, {"w": torch.tensor(10.0)}]
@@ -192,7 +200,7 @@ DIRECTIONS = [{"w": torch.tensor(1.0)}, {"w": torch.tensor(10.0)}]
 
 def test_a_step_that_achieves_too_little_is_halved() -> None:
     slope = Slope(torch.eye(1), [5.0, 1.0, -0.5])
-    c, diagnostics = choose(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
+    c, diagnostics = chosen(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
     assert slope.steps == [4.0, 2.0, 1.0]
     assert c.tolist() == [1.0]
     assert diagnostics == {"predicted_change": -3.5, "actual_change": -0.5, "kl": 0.5, "halvings": 2.0}
@@ -201,7 +209,7 @@ def test_a_step_that_achieves_too_little_is_halved() -> None:
 def test_what_is_shown_by_a_step_before_holds_for_the_first_one_after_it() -> None:
     """Catches a step that was undone and is taken once more, at its full length."""
     asked = []
-    c, _ = choose(
+    c, _ = chosen(
         Slope(torch.eye(1), [-9.0]),
         DIRECTIONS[:1],
         torch.tensor([-4.0]),
@@ -213,32 +221,32 @@ def test_what_is_shown_by_a_step_before_holds_for_the_first_one_after_it() -> No
 
 
 def test_no_step_is_taken_where_none_lowers_the_loss() -> None:
-    c, diagnostics = choose(Slope(torch.eye(1), [5.0]), DIRECTIONS[:1], torch.tensor([-4.0]), [None])
+    c, diagnostics = chosen(Slope(torch.eye(1), [5.0]), DIRECTIONS[:1], torch.tensor([-4.0]), [None])
     assert c.tolist() == [0.0]
     assert diagnostics["halvings"] == 8.0
 
 
 def test_the_natural_gradient_is_not_followed_uphill() -> None:
     """M = I and b = (1, −1): the minimum has the coefficients (−1, 1)."""
-    c, _ = choose(Slope(torch.eye(2), [-1.0]), DIRECTIONS, torch.tensor([1.0, -1.0]), [None, None])
+    c, _ = chosen(Slope(torch.eye(2), [-1.0]), DIRECTIONS, torch.tensor([1.0, -1.0]), [None, None])
     assert c.tolist() == [0.0, 1.0]
 
 
 def test_a_given_momentum_stays_where_the_natural_gradient_is_left_out() -> None:
-    c, _ = choose(Slope(torch.eye(2), [-1.0]), DIRECTIONS, torch.tensor([1.0, -1.0]), [None, 0.5])
+    c, _ = chosen(Slope(torch.eye(2), [-1.0]), DIRECTIONS, torch.tensor([1.0, -1.0]), [None, 0.5])
     assert c.tolist() == [0.0, 0.5]
 
 
 def test_a_rate_that_the_user_gave_may_be_uphill() -> None:
     """It is kept, and not excluded as noise, as long as the loss falls."""
-    c, _ = choose(Slope(torch.eye(1), [-1.0]), DIRECTIONS[:1], torch.tensor([1.0]), [0.5])
+    c, _ = chosen(Slope(torch.eye(1), [-1.0]), DIRECTIONS[:1], torch.tensor([1.0]), [0.5])
     assert c.tolist() == [0.5]
 
 
 def test_a_step_that_the_model_expects_to_raise_the_loss_must_lower_it_all_the_same() -> None:
     """A rate of 3 is beyond the end of the valley, at 2: predicted 1.5, of which a tenth is still a rise."""
     slope = Slope(torch.eye(1), [0.1, -0.5])
-    c, diagnostics = choose(slope, DIRECTIONS[:1], torch.tensor([-1.0]), [3.0])
+    c, diagnostics = chosen(slope, DIRECTIONS[:1], torch.tensor([-1.0]), [3.0])
     assert slope.steps == [3.0, 1.5]
     assert c.tolist() == [1.5]
     assert diagnostics["halvings"] == 1.0
@@ -247,13 +255,13 @@ def test_a_step_that_the_model_expects_to_raise_the_loss_must_lower_it_all_the_s
 @pytest.mark.parametrize("change", [torch.nan, torch.inf])
 def test_a_change_that_is_not_finite_is_no_fall(change: float) -> None:
     slope = Slope(torch.eye(1), [change, -3.0])
-    c, _ = choose(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
+    c, _ = chosen(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
     assert c.tolist() == [2.0]
 
 
 def test_the_previous_step_is_seen_on_the_new_batch() -> None:
     """To second order, from its end back to its start, wherever the next step goes."""
-    _, diagnostics = choose(
+    _, diagnostics = chosen(
         Slope(torch.diag(torch.tensor([1.0, 4.0])), [-9.0]), DIRECTIONS, torch.tensor([-4.0, 0.5]), [None, 0]
     )
     assert diagnostics["previous_change"] == 0.5 - 4 / 2

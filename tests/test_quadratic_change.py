@@ -74,7 +74,7 @@ def change_by_natgrad(
     if chance is not None:
         optimizer.preconditioner.multiplier.forward.chance = chance
     with torch.no_grad():
-        return optimizer.preconditioner.multiplier.local.change(step_of(model))
+        return optimizer.preconditioner.multiplier.local.change(step_of(model)).total
 
 
 @every_loss
@@ -130,7 +130,7 @@ def test_change_is_exact_where_targets_do_not_enter_linearly(
     with torch.no_grad():
         local = optimizer.preconditioner.multiplier.local
         local.multiplier = factor
-        actual = local.change(step_of(model))
+        actual = local.change(step_of(model)).total
     expected = factor * (user(stepped(clean, step_of(clean))(x), y) - user(clean(x), y))
     assert actual == pytest.approx(expected.item(), rel=1e-9)
 
@@ -236,7 +236,7 @@ def test_change_on_the_last_micro_batch_is_that_on_all(loss: Loss) -> None:
         (share * loss.loss_fn(model(x), y)).backward()
     optimizer.preconditioner.update()
     with torch.no_grad():
-        actual = optimizer.preconditioner.multiplier.local.change(step_of(model))
+        actual = optimizer.preconditioner.multiplier.local.change(step_of(model)).total
     moved = stepped(clean, step_of(clean))
     expected = loss.loss_fn(moved(whole[0]), whole[1]) - loss.loss_fn(clean(whole[0]), whole[1])
     assert actual == pytest.approx(expected.item(), rel=1e-9)
@@ -255,7 +255,7 @@ def test_a_part_without_a_target_that_counts_tells_of_no_change(monkeypatch: pyt
     local = optimizer.preconditioner.multiplier.local
     assert not y[local.chosen].eq(0).any()
     with torch.no_grad():
-        assert local.change(step_of(model)) == 0.0
+        assert local.change(step_of(model)).total == 0.0
         assert torch.equal(local.curvature(directions_of(model)), torch.zeros(2, 2))
 
 
@@ -266,7 +266,7 @@ def test_change_leaves_buffers_parameters_and_chance_as_they_were() -> None:
     optimizer.preconditioner.update()
     before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     with torch.no_grad():
-        assert optimizer.preconditioner.multiplier.local.change(step_of(model)) != 0.0
+        assert optimizer.preconditioner.multiplier.local.change(step_of(model)).total != 0.0
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 

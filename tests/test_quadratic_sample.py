@@ -68,7 +68,7 @@ def test_model_and_change_weigh_the_chosen(loss: Loss, monkeypatch: pytest.Monke
         optimizer.preconditioner.update()
         with torch.no_grad():
             local = optimizer.preconditioner.multiplier.local
-            slope, change = local.slope(direction), local.change(step)
+            slope, change = local.slope(direction), local.change(step).total
             return torch.tensor([local.curvature([direction])[0, 0], slope, change])
 
     alone = torch.stack([measured(torch.tensor([n])) for n in (4, 0, 3)])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import natgrad
-from natgrad.curvature import Block
+from natgrad.blocks import Block
 from natgrad.experiments.mnist import embedded
 
 torch.manual_seed(0)

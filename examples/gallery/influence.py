@@ -4,7 +4,7 @@ Influence of training examples
 
 Which training images made the network decide as it did? Leaving datum n out moves the weights by about
 :math:`\tfrac1N F^{-1} \nabla \ell_n`, and so changes the loss at a test image by :math:`\tfrac1N \nabla \ell^\top
-F^{-1} \nabla \ell_n`. :meth:`~natgrad.curvature.Block.solve` makes that one line a layer. The same with itself finds
+F^{-1} \nabla \ell_n`. :meth:`~natgrad.blocks.Block.solve` makes that one line a layer. The same with itself finds
 labels that are wrong.
 """
 

@@ -10,12 +10,12 @@
 """
 
 from natgrad import likelihoods
-from natgrad.curvature import curvature
+from natgrad.blocks import curvature
 from natgrad.distributed import Distributed
 from natgrad.optimizer import KFAC
 from natgrad.preconditioner import Preconditioner
 from natgrad.report import describe
-from natgrad.verify import verify
+from natgrad.verification import verify
 
 __version__ = "0.1.0"
 

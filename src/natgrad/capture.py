@@ -35,7 +35,6 @@ from natgrad.layers import (
     Layer,
     Sharing,
     at_least_float32,
-    is_transformed,
     statistics_left_alone,
     uncompiled,
     unwrap,
@@ -45,6 +44,7 @@ from natgrad.outputs import Origin, Selection, View, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
 from natgrad.passes import Passes
 from natgrad.rerun import Arguments, again, few, in_other_containers, is_watched, modes, stands_for
+from natgrad.torch_internals import is_transformed
 from natgrad.vectors import vectors
 from natgrad.waiting import Waiting, given, tell_of_forgotten
 

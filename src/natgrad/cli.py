@@ -29,7 +29,7 @@ from natgrad.experiments.contestants import CONTESTANTS
 from natgrad.experiments.options import refusal, split
 from natgrad.experiments.settings import DEFAULT_STEPS, NONLINEARITIES, Settings, SettingsError
 from natgrad.layers import Sharing
-from natgrad.verify import MAX_PARAMETERS
+from natgrad.verification import MAX_PARAMETERS
 
 # Typer's own tracebacks print every local variable, tensors included.
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)

@@ -33,6 +33,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from natgrad.torch_internals import forward_hooks
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -345,7 +347,7 @@ def shards_left_alone(model: nn.Module) -> Iterator[None]:
     """Without FSDP's hooks, which would put shards in the place of whole parameters that come with a call."""
     kept: list[tuple[Any, dict[int, Any]]] = []
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks) if is_fsdp(module) else ():
+        for hooks in (forward_hooks(module, before=True), forward_hooks(module)) if is_fsdp(module) else ():
             kept.append((hooks, dict(hooks)))
             for key, hook in kept[-1][1].items():
                 if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):

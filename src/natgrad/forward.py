@@ -24,6 +24,7 @@ from natgrad.layers import at_least_float32
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 from natgrad.outputs import Find, Origin
+from natgrad.torch_internals import will_run
 
 # Of two passes, one whose gradient at the output is less than this share of the other's tells nothing of the loss.
 WEAK = 0.1
@@ -218,7 +219,7 @@ def _reaches(parameters: Sequence[nn.Parameter]) -> bool:
         return True
     nodes = (get_gradient_edge(p).node for p in parameters if p.requires_grad)  # some may be frozen by now
     try:
-        return any(map(torch._C._will_engine_execute_node, nodes))
+        return any(map(will_run, nodes))
     except RuntimeError:  # of `torch.autograd.grad` with parameters
         return True
 

@@ -35,6 +35,9 @@ class Inverse(ABC):
     names: tuple[str, ...]
     """Of the tensors that ``factorize`` returns."""
 
+    corrects = False
+    """Whether eigenvalues are moved on by the squares of the data's gradients in the eigenbasis."""
+
     @abstractmethod
     def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
         """What ``solve`` needs, as named tensors."""
@@ -121,6 +124,7 @@ class EkfacInverse(BasisInverse):
     """
 
     names = ("spectrum", "spectrum_age", "shift", "A_basis", "G_basis")
+    corrects = True
 
     def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
         """Bases, eigenvalues and what is added to them."""

@@ -26,7 +26,7 @@ Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,23 @@ REPEATED = 1e-6
 SAME_TERMS = 1e-6
 
 
+class Change(NamedTuple):
+    """By how much a step changes the loss.
+
+    Attributes:
+        slope: The part by the gradient at the output.
+        bend: Twice the rest, what the output's curvature adds.
+    """
+
+    slope: float
+    bend: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.slope + self.bend / 2
+
+
 class LocalModel:
     """The loss near the current parameters, from some of one forward pass's data.
 
@@ -93,8 +110,6 @@ class LocalModel:
         self.rearrange = forward.rearrange or rearrangement(forward.seen, forward.output)
         # The user's loss is so many times the declared one, and its gradient at the output so many times longer still.
         self.multiplier, self.scaler = 1.0, 1.0
-        # Of the latest `change`: the part by the gradient at the output, and twice the divergence.
-        self.parts = (0.0, 0.0)
         self._products = list[Tensor]()  # J d of the latest `curvature`
         self._differentiates = False
         self._state = state
@@ -216,7 +231,7 @@ class LocalModel:
         )
         return float(self.ranks.mean(torch.sum(self._arrived() * product)))
 
-    def change(self, step: dict[str, Tensor]) -> float:
+    def change(self, step: dict[str, Tensor]) -> Change:
         """By how much the loss would change if the parameters moved by ``step``.
 
         Evaluated on the same data as the model, with the same dropout before and after.
@@ -234,8 +249,7 @@ class LocalModel:
         )
         bend = self._scale(before) * remainder.sum()
         slope, rise = map(float, self.ranks.mean(torch.stack([linear, bend])))
-        self.parts = (slope, 2 * rise)
-        return slope + rise
+        return Change(slope, 2 * rise)
 
     def _remainder(self, before: Tensor, after: Tensor) -> Tensor:
         """Of each criterion, what the user's gradient at the output leaves of its change."""

@@ -51,7 +51,7 @@ class Metric:
     def __init__(
         self, layers: Sequence[Layer], inverse: Inverse, rule: DampingRule, period: Period, world: World
     ) -> None:
-        if "spectrum" in inverse.names and not world.replicates:
+        if inverse.corrects and not world.replicates:
             raise ValueError(
                 '`inverse="ekfac"` needs the bases on every rank, for its data: use `inverses="comm"`, or "eigen".'
             )
@@ -97,7 +97,7 @@ class Metric:
 
     def bases(self, layer: Layer, state: Mapping[str, Any], step: int) -> Bases | None:
         """Where second moments are wanted; not just before new bases, in which they would start anew."""
-        wanted = "spectrum" in state and layer.name not in self.due(step)
+        wanted = self.inverse.corrects and "A_basis" in state and layer.name not in self.due(step)
         return (state["A_basis"], state["G_basis"]) if wanted else None
 
     def update(self, states: States, batch: Batch, matrix: Matrix, step: int, averages: bool) -> None:
@@ -152,8 +152,7 @@ class Metric:
         What has no gradient at all, as where the loop masks it, stays where it is: that changes no slope.
         """
         natural = self.inverse.solve(state, V)
-        is_product = "spectrum" not in self.inverse.names
-        if shares and is_product and polar.pays(float(state.get("rows", 0)), V):
+        if shares and not self.inverse.corrects and polar.pays(float(state.get("rows", 0)), V):
             share = float(state["noise"]) if "noise" in state else noise.mean(shares)
             natural = polar.orthogonalize(V, natural, noise_left(share))
         return natural.masked_fill_(V.logical_not(), 0.0)

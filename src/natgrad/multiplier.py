@@ -33,7 +33,7 @@ from natgrad.distributed import Ranks
 from natgrad.fingerprint import fingerprint
 from natgrad.forward import Forward
 from natgrad.likelihoods import Likelihood
-from natgrad.local_model import LocalModel
+from natgrad.local_model import Change, LocalModel
 from natgrad.memory import Kept, State
 from natgrad.quadratic import HALVINGS
 from natgrad.targets import at_least
@@ -245,17 +245,17 @@ class LossMultiplier:
                 return True
             self.reject()
             return False
-        change = self.changed_by(step)
-        back, fresh_bend = self.local.parts
-        stands = not (self._is_trusted and Trust(self.state).refutes(self.promised, change))
-        # Trust by an earlier step may have been a mistake. A loss that is linear in the output tells nothing of s.
-        if self.bound[1] or not fresh_bend or (self._is_trusted and stands):
+        back = self._back(step)
+        is_certain = self.bound[1] or not back.bend  # a loss that is linear in the output tells nothing of s
+        stands = not ((self._is_trusted or is_certain) and Trust(self.state).refutes(self.promised, -back.total))
+        # Trust by an earlier step may have been a mistake.
+        if is_certain or (self._is_trusted and stands):
             return stands
         # By the slope that its own batch saw at its start: so much of that is noise, and was never there on other data.
         noise = 0.0 if self.is_repeated else self._noise()
-        most, least = -back - slope, -back - (1 - noise) * slope
+        most, least = -back.slope - slope, -back.slope - (1 - noise) * slope
         tiny = torch.finfo(torch.float32).tiny
-        low, high = least / max(bend, fresh_bend, tiny), most / max(min(bend, fresh_bend), tiny)
+        low, high = least / max(bend, back.bend, tiny), most / max(min(bend, back.bend), tiny)
         factor = 1.0
         if low > SUSPECT and least > abs(slope):
             factor = low
@@ -312,7 +312,10 @@ class LossMultiplier:
 
     def changed_by(self, step: dict[str, Tensor]) -> float:
         """By how much the previous step, by parameter name, has changed the loss of this batch."""
-        return -self.local.change({name: -s for name, s in step.items()})
+        return -self._back(step).total
+
+    def _back(self, step: dict[str, Tensor]) -> Change:
+        return self.local.change({name: -s for name, s in step.items()})
 
     def reject(self) -> None:
         """No step was short enough to lower the loss: if s was never seen to be right, it is too small.

@@ -13,13 +13,11 @@ AdamW, in groups of their own (:mod:`natgrad.groups`).
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from natgrad import diagnostics
 from natgrad import state as states
@@ -35,6 +33,10 @@ from natgrad.multiplier import LossMultiplier
 from natgrad.options import CurvatureOptions, check_names, check_rate
 from natgrad.preconditioner import Preconditioner
 from natgrad.rates import Course, Direction, Refusals, by_average, by_model
+from natgrad.torch_internals import not_compiled
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class KFAC(torch.optim.Optimizer):
@@ -83,7 +85,7 @@ class KFAC(torch.optim.Optimizer):
         damping: float | tuple[float, float] | Literal["auto"] = "auto",
         weight_decay: float = 0.0,
         kl_clip: float | None = None,
-        **curvature: Unpack[CurvatureOptions],
+        **curvature: "Unpack[CurvatureOptions]",
     ) -> None:
         check_names(curvature)
         check_rate("lr", lr, "auto")
@@ -158,7 +160,7 @@ class KFAC(torch.optim.Optimizer):
         if self._adamw is not None:
             self._adamw.state = self.state
 
-    @_disable_dynamo
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; a step with a gradient or statistic that is not finite is skipped and counted.

@@ -7,10 +7,10 @@ saw. Neither is told to anybody, but the graph of the one goes without a gradien
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 
-import torch
 from torch import Tensor, nn
 
 from natgrad.batch import Batch
+from natgrad.torch_internals import is_in_backward
 
 # So many passes are told apart until their backward pass; the sums of each take the memory of all factors.
 APART = 8
@@ -55,7 +55,7 @@ class Passes:
         self.ahead = [batch for batch in self.ahead if not batch.is_heard]
         self._put_aside(over)
         # In a backward pass, where a checkpointed model runs again, gradients are on their way.
-        if torch._C._current_graph_task_id() == -1:
+        if not is_in_backward():
             self.drop_what_lost_its_gradient(parameters)
 
     def end(self, batch: Batch) -> None:

@@ -2,8 +2,7 @@
 
 :class:`Preconditioner` joins the stages below it for one model. Per step: fold the captured statistics into the running
 factors, refresh the inverses when they are due, and solve for each layer. Its state is tensors in a mapping from each
-layer's first parameter: ``A``, ``G`` and ``age`` (the running average), ``noise`` (of the gradient), what the inverse
-stores, and ``step``.
+layer's first parameter, see :mod:`natgrad.state`.
 """
 
 import weakref
@@ -146,7 +145,7 @@ class Preconditioner:
             owner = me()
             return None if owner is None else owner.metric.bases(layer, owner._state(layer), owner.steps)
 
-        self.capture.bases = bases if "spectrum" in self.metric.inverse.names else None
+        self.capture.bases = bases if self.metric.inverse.corrects else None
         weakref.finalize(self, self.capture.close).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:

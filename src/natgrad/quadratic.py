@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natgrad.local_model import LocalModel
+from natgrad.local_model import Change, LocalModel
 
 # A step is taken when the loss falls by this share of what the model predicts, and else halved up to so many times.
 SUFFICIENT, HALVINGS = 0.1, 8
@@ -54,9 +54,9 @@ def choose(
     directions: Sequence[dict[str, Tensor]],
     b: Tensor,
     given: Sequence[float | None],
-    find_rest: Callable[[LocalModel, Sequence[dict[str, Tensor]], Tensor], Rest | None] = lambda *_: None,
-    judge: Callable[[float], float] = lambda _: 1.0,
-) -> tuple[Tensor, dict[str, float]]:
+    find_rest: Callable[[LocalModel, Sequence[dict[str, Tensor]], Tensor], Rest | None],
+    judge: Callable[[float], float],
+) -> tuple[Tensor, Change, dict[str, float]]:
     """Coefficients of the directions that lower the loss, by the model and then in fact.
 
     Args:
@@ -70,7 +70,8 @@ def choose(
             natural gradient is multiplied by.
 
     Returns:
-        The coefficients, and diagnostics. All are zero when even the shortest step does not lower the loss.
+        The coefficients; what the latest step that was tried would do, by ``local``; and diagnostics. All coefficients
+        are zero when even the shortest step does not lower the loss.
     """
     M = local.curvature(directions)
     rest = find_rest(local, directions, b)
@@ -91,7 +92,7 @@ def shorten(
     M: Tensor,
     c: Tensor,
     rest: Rest | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, Change, dict[str, float]]:
     """Coefficients halved until the step lowers the loss in fact.
 
     Args:
@@ -108,7 +109,8 @@ def shorten(
     for halvings in range(HALVINGS + 1):
         step = combine(directions, c)
         kl = 0.5 * c @ M @ c
-        predicted, actual = float(b @ c + kl), local.change(step) + (0.0 if rest is None else rest.change(c))
+        change = local.change(step)
+        predicted, actual = float(b @ c + kl), change.total + (0.0 if rest is None else rest.change(c))
         diagnostics = {
             "predicted_change": predicted,
             "actual_change": actual,
@@ -117,9 +119,9 @@ def shorten(
             **({"previous_change": looking_back(b, M)} if len(directions) > 1 else {}),
         }
         if actual <= SUFFICIENT * min(predicted, 0.0):
-            return c, diagnostics
+            return c, change, diagnostics
         c = c / 2
-    return torch.zeros_like(c), diagnostics
+    return torch.zeros_like(c), change, diagnostics
 
 
 def looking_back(b: Tensor, M: Tensor) -> float:

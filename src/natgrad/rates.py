@@ -138,8 +138,8 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
         # What nothing refutes stands.
         return trust.judge(promised, change if is_witness else promised, lambda: multiplier.changed_by(course.back))
 
-    c, told = quadratic.choose(multiplier.local, directions, b, given, rest.along, judge)
-    slope, bend = (own + more for own, more in zip(multiplier.local.parts, rest.parts(c), strict=True))
+    c, seen, told = quadratic.choose(multiplier.local, directions, b, given, rest.along, judge)
+    slope, bend = (own + more for own, more in zip(seen, rest.parts(c), strict=True))
     _look_back(multiplier, course, told, promised)
     multiplier.promise(course.times * slope, course.times**2 * bend)
     if not c.any() and told["halvings"]:
@@ -233,7 +233,7 @@ def _measured(
     b, c = torch.zeros(2, len(directions), dtype=torch.float64)
     b[0], b[1:], c[0] = -slopes.fresh * slopes.averaged, slopes.back, slopes.fresh * pace.rate * trust.caution
     within = c if more is None else more.within(c)
-    tried, told = quadratic.shorten(multiplier.local, directions, b, M, within, more)
+    tried, _, told = quadratic.shorten(multiplier.local, directions, b, M, within, more)
     kept = float(tried[0] / c[0])
     if kept:
         rest.took(course.times * tried)

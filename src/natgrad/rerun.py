@@ -22,6 +22,7 @@ from natgrad.distributed import is_sharded, shards_left_alone
 from natgrad.forward import Forward
 from natgrad.layers import uncompiled
 from natgrad.losses import Weights
+from natgrad.torch_internals import forward_hooks
 
 # A second pass pays with this share of the data or less: it goes forward and back, where the user's goes back.
 SHARE = 1 / 4
@@ -250,7 +251,7 @@ def again(model: nn.Module, forward: Forward, chosen: Tensor, select: Callable[[
 
 def is_watched(model: nn.Module, own: set[int]) -> bool:
     """Whether hooks of others on the model, too, would take some of the data for all of them; ``own`` are ours."""
-    return any(not own.issuperset(module._forward_hooks) for module in model.modules())
+    return any(not own.issuperset(forward_hooks(module)) for module in model.modules())
 
 
 def stands_for(part: Forward, uses: list[list[Call]], whole: Forward, chosen: Tensor) -> bool:

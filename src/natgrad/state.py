@@ -20,7 +20,8 @@ from natgrad.multiplier import LossMultiplier
 from natgrad.trust import Trust
 from natgrad.undeclared import Undeclared
 
-# What belongs to a factor, or to the block of a layer; the rest are numbers.
+# What belongs to a factor, or to the block of a layer; the rest are numbers: the "age" of the running average of both,
+# the "rows" that a batch has for them, the share of "noise" in the gradient, and the "step".
 OF_A, OF_G = ("A", "A_inverse", "A_basis"), ("G", "G_inverse", "G_basis")
 OF_BLOCK = ("scale", "spectrum", "shift")
 # Whether the factors are newer than their inverse.

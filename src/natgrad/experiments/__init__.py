@@ -10,6 +10,8 @@
 - `charts`, `internals`, `spectra`, `colours`, `page`: the same and more as a page for the browser, with the template
   `html/`.
 - `experiment`, `compare`, `demo`: the three of them put together, one function each; `natgrad.cli` calls them.
+- `newton`, `newton_plot`: the derivation, checked by numbers.
+- `figures`, `options`: what all plots share, and all commands.
 - `doctor`: whether this machine is set up to be fast.
 - `bench`: the benchmark suite.
 

@@ -5,7 +5,7 @@ familiar. Importing this package registers them all.
 """
 
 from natgrad.layers import attention, convolution, embedding, linear, normalization, recurrent
-from natgrad.layers.base import Layer, Recorder, WeightLayer, is_transformed, register, registered
+from natgrad.layers.base import Layer, Recorder, WeightLayer, register, registered
 from natgrad.layers.derivative import DerivativeUse
 from natgrad.layers.moments import Moment, Sharing, at_least_float32
 from natgrad.layers.normalization import RunningStatistics, statistics_left_alone, uses_batch_statistics
@@ -27,7 +27,6 @@ __all__ = [
     "convolution",
     "embedding",
     "entry",
-    "is_transformed",
     "linear",
     "normalization",
     "partition",

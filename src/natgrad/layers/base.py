@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
@@ -29,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from natgrad.distributed import is_fsdp
 from natgrad.layers.moments import Moment, Sharing, moment
 from natgrad.layers.spectrum import Bases, squared_gradients, squared_length
+from natgrad.torch_internals import is_transformed
 
 # A factor of more dimensions than this is kept as a diagonal: on one core a dense one of 5,000, of a vocabulary, makes
 # steps ten times as long and no better (`docs/decisions.md`). So is one of more than MAX_UNEVEN, if it is UNEVEN times
@@ -59,11 +59,6 @@ class Recorder(Protocol):
             blocks: Which of the B blocks took part.
             source: The input in the autograd graph, if z is the matrix times it.
         """
-
-
-def is_transformed() -> bool:
-    """Whether this is run by a transform of ``torch.func``, whose tensors are not what they seem."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Layer(ABC):

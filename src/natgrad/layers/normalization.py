@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from natgrad.layers.base import Layer, register
 from natgrad.layers.moments import at_least_float32
+from natgrad.torch_internals import BatchNorm, KeepsStatistics
 
 # Above this many parameters the channels are taken to be independent.
 MAX_EXACT = 1024
@@ -95,7 +95,7 @@ def normalize(module: nn.Module, x: Tensor) -> Tensor:
         return functional.rms_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
         return functional.group_norm(x, module.num_groups, eps=module.eps)
-    assert isinstance(module, _BatchNorm)
+    assert isinstance(module, BatchNorm)
     if uses_batch_statistics(module):
         return functional.batch_norm(x, None, None, training=True, eps=module.eps)
     return functional.batch_norm(x, module.running_mean, module.running_var, training=False, eps=module.eps)
@@ -103,7 +103,7 @@ def normalize(module: nn.Module, x: Tensor) -> Tensor:
 
 def uses_batch_statistics(module: nn.Module) -> bool:
     """Whether the output for a datum depends on the others in the batch, by their mean and variance."""
-    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    return isinstance(module, BatchNorm) and (module.training or module.running_mean is None)
 
 
 class RunningStatistics:
@@ -114,7 +114,7 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        kept = [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
+        kept = [module for module in model.modules() if isinstance(module, KeepsStatistics) and module.training]
         self._buffers = [buffer for module in kept for buffer in module.buffers(recurse=False)]
         self._values = [buffer.clone() for buffer in self._buffers]
 

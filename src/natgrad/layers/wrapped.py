@@ -1,7 +1,7 @@
 """Layers seen through something that lies between their matrix and their parameters.
 
-``WrappedLayer`` hands everything on to another layer, whose calls count for it; what differs stands in the two
-subclasses, in :mod:`natgrad.layers.weight_norm` and :mod:`natgrad.layers.tied`.
+``WrappedLayer`` hands everything on to another layer, whose calls count for it; what differs stands in the
+subclasses, in :mod:`natgrad.layers.weight_norm`, :mod:`natgrad.layers.tied` and :mod:`natgrad.layers.derivative`.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import natgrad
-from natgrad.curvature import Block
+from natgrad.blocks import Block
 from oracle import empirical_fisher_block, ggn_block, layer_params, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")

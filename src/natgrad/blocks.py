@@ -26,6 +26,7 @@ from natgrad.inverses import apply, eigh, reciprocal, scale_in_basis
 from natgrad.layers import Bases, Layer, Sharing, partition, statistics_left_alone, unwrap
 from natgrad.losses import Declared, resolve
 from natgrad.options import check_fisher, module_of
+from natgrad.torch_internals import forward_hooks
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def unobserved(model: nn.Module, by: Capture | None = None) -> Iterator[None]:
         model: The module.
         by: Who looks at them all the same.
     """
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    hooks = (hook for module in model.modules() for hook in forward_hooks(module, before=True).values())
     others = {id(owner): owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Capture)}
     with ExitStack() as stack:
         stack.enter_context(statistics_left_alone(model))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from natgrad.curvature import Block, curvature, unobserved
+from natgrad.blocks import Block, curvature, unobserved
 from natgrad.derivatives import directional_derivative
 from natgrad.layers import Layer, Sharing, at_least_float32, unwrap
 from natgrad.losses import Declared, Loss, Weights, resolve
