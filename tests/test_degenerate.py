@@ -10,7 +10,10 @@ from torch.nn.functional import cross_entropy
 
 import natgrad
 
-pytestmark = pytest.mark.filterwarnings("ignore:natgrad. a factor:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:natgrad. a factor:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:natgrad. 5 steps in a row:RuntimeWarning"),
+]
 STEPS = 12
 Make = Callable[[], tuple[nn.Module, Tensor, Tensor]]
 
@@ -161,3 +164,43 @@ def test_complex_parameters_are_trained_by_adamw(factor: float) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     assert not torch.equal(model.filter, before)
+
+
+def overflowing(seed: int, scale: float) -> tuple[nn.Module, Tensor, Tensor]:
+    """Inputs that are not normalized, before a softmax: where it is saturated the natural gradient has no end."""
+    x = torch.randn(2048, 12, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    return model, scale * x, x[:, :4].argmax(1)
+
+
+@pytest.mark.filterwarnings("ignore:natgrad:RuntimeWarning")
+@pytest.mark.parametrize("seed", range(4))
+def test_a_natural_gradient_without_end_leaves_parameters_finite(seed: int) -> None:
+    """It was infinite, its rate 0, and their product no number."""
+    model, x, y = overflowing(seed, 1e5)
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    for step in range(60):
+        some = torch.arange(128 * step, 128 * (step + 1)) % len(x)
+        optimizer.zero_grad()
+        cross_entropy(model(x[some]), y[some]).backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters()), step
+
+
+@pytest.mark.filterwarnings("ignore:natgrad:RuntimeWarning")
+def test_a_natural_gradient_without_end_is_a_step_that_is_skipped() -> None:
+    skipped = 0
+    for seed in range(20):
+        model, x, y = overflowing(seed, 1e5)
+        preconditioner = natgrad.Preconditioner(model, "cross_entropy")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        for step in range(10):
+            some = torch.arange(128 * step, 128 * (step + 1)) % len(x)
+            optimizer.zero_grad()
+            cross_entropy(model(x[some]), y[some]).backward()
+            is_taken = preconditioner.step()
+            assert all((p.grad is not None and bool(p.grad.isfinite().all())) is is_taken for p in model.parameters())
+            skipped += not is_taken
+            optimizer.step()
+    assert skipped

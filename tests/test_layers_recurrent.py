@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import natgrad
@@ -175,6 +176,21 @@ def test_while_statistics_are_not_due_torch_runs_its_own(monkeypatch: pytest.Mon
             model(torch.randn(6, 5, 3))
         counts.append(len(steps))
     assert counts == [5, 5, 10]
+
+
+def test_data_of_one_position_tell_nothing_of_the_weight_of_hidden_states() -> None:
+    """Of which there is none but zeros; they took the place of what was known, and the next steps were far too long."""
+    torch.manual_seed(0)
+    model = Classifier(nn.GRU(3, 4, batch_first=True))
+    preconditioner = natgrad.Preconditioner(model, "mse", factor_decay=0.0, curvature_period=1)
+    known = []
+    for length in (1, 5, 1):
+        mse_loss(model(torch.randn(6, length, 3)), torch.randn(6, 2)).backward()
+        preconditioner.step()
+        known.append({name: A.clone() for name, (A, _) in preconditioner.factors().items()})
+    assert not known[0]["recurrent.hh_l0"][:-1, :-1].any()
+    assert torch.equal(known[2]["recurrent.hh_l0"], known[1]["recurrent.hh_l0"])
+    assert not torch.equal(known[2]["recurrent.ih_l0"], known[1]["recurrent.ih_l0"])
 
 
 def test_a_loop_of_cells_is_weight_sharing() -> None:

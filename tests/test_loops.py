@@ -195,6 +195,9 @@ def test_sparse_gradients_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'0.weight' has sparse gradients, .* leave `sparse=True` out"):
         natgrad.KFAC(model, "mse")
     natgrad.KFAC(model, "mse", params=model[2].parameters())
+    model = nn.Sequential(nn.EmbeddingBag(9, 4, sparse=True), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"'0.weight' has sparse gradients, .* leave `sparse=True` out"):
+        natgrad.KFAC(model, "mse")
 
 
 def test_complex_weights_are_adamws() -> None:

@@ -176,15 +176,15 @@ def test_evaluation_captures_nothing() -> None:
 class Slope:
     """A loss near a point, told rather than computed."""
 
-    def __init__(self, M: Tensor, changes: list[float]) -> None:
-        self.M, self.changes, self.steps = M, changes, []
+    def __init__(self, M: Tensor, changes: list[float], rounding: float = 0.0) -> None:
+        self.M, self.changes, self.rounding, self.steps = M, changes, rounding, []
 
     def curvature(self, directions: list[Direction]) -> Tensor:
         return self.M
 
     def change(self, step: Direction) -> Change:
         self.steps.append(step["w"].item())
-        return Change(self.changes[min(len(self.steps), len(self.changes)) - 1], 0.0)
+        return Change(self.changes[min(len(self.steps), len(self.changes)) - 1], 0.0, self.rounding)
 
 
 def chosen(
@@ -204,6 +204,23 @@ def test_a_step_that_achieves_too_little_is_halved() -> None:
     assert slope.steps == [4.0, 2.0, 1.0]
     assert c.tolist() == [1.0]
     assert diagnostics == {"predicted_change": -3.5, "actual_change": -0.5, "kl": 0.5, "halvings": 2.0}
+
+
+def test_a_fall_that_may_be_rounding_is_none() -> None:
+    """Of a saturated softmax two sums of 10¹⁶ nearly cancelled, and steps of any length were taken."""
+    slope = Slope(torch.eye(1), [-5.0, -3.0], rounding=4.0)
+    c, diagnostics = chosen(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
+    assert c.tolist() == [4.0]
+    slope = Slope(torch.eye(1), [-5.0, -3.0], rounding=4.5)
+    c, diagnostics = chosen(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
+    assert c.tolist() == [0.0]
+    assert diagnostics["halvings"] == 8.0
+
+
+def test_nothing_is_halved_where_no_step_is_chosen() -> None:
+    slope = Slope(torch.zeros(1, 1), [0.0], rounding=1.0)
+    _, diagnostics = chosen(slope, DIRECTIONS[:1], torch.tensor([-4.0]), [None])
+    assert diagnostics["halvings"] == 0.0
 
 
 def test_what_is_shown_by_a_step_before_holds_for_the_first_one_after_it() -> None:

@@ -242,11 +242,23 @@ def test_training_that_stands_still_is_told_of(predicted: float) -> None:
     refusals = rates.Refusals()
     told = {"predicted_change": predicted, "halvings": 8.0}
     for _ in range(rates.REFUSED - 1):
-        refusals.note(0.0, told)
+        refusals.note(0.0, told, 1.0)
     with pytest.warns(RuntimeWarning, match=r"5 steps in a row were not taken.*large penalty"):
-        refusals.note(0.0, told)
+        refusals.note(0.0, told, 1.0)
     for alpha in (0.0, 0.1, *[0.0] * rates.REFUSED):
-        refusals.note(alpha, told)
+        refusals.note(alpha, told, 1.0)
+
+
+def test_a_network_without_curvature_is_told_of_where_there_is_an_error() -> None:
+    """No step is promised there, and so none was refused: parameters stood for ever without a word."""
+    told = {"predicted_change": 0.0, "halvings": 0.0}
+    for least, is_told in [(1.0, True), (1e-4, False)]:
+        refusals = rates.Refusals(most_error=1.0)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(rates.REFUSED):
+                refusals.note(0.0, told, least)
+        assert any("the output is saturated" in str(one.message) for one in seen) is is_told
 
 
 def test_steps_refused_where_all_is_learnt_are_none_of_the_users_concern() -> None:
@@ -255,8 +267,8 @@ def test_steps_refused_where_all_is_learnt_are_none_of_the_users_concern() -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for alpha, predicted in [(0.1, -1.0), *[(0.0, -1e-3 / 2**8)] * 9, *[(0.0, -1.0), (0.2, -1.0)] * 9]:
-            refusals.note(alpha, {"predicted_change": predicted, "halvings": 0.0 if alpha else 8.0})
-        refusals.note(0.1, {})  # not tried
+            refusals.note(alpha, {"predicted_change": predicted, "halvings": 0.0 if alpha else 8.0}, 1.0)
+        refusals.note(0.1, {}, 1.0)  # not tried
 
 
 def test_steps_on_noise_become_shorter() -> None:

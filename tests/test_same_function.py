@@ -150,6 +150,23 @@ def test_the_change_that_is_told_is_that_of_the_loops_own_function(make: Callabl
             assert optimizer.diagnostics(per_layer=False)["actual_change"] == pytest.approx(change, rel=1e-6, abs=1e-9)
 
 
+def test_a_stream_that_the_loop_replaces_is_the_one_that_counts() -> None:
+    """As where it is seeded anew at each epoch."""
+    torch.manual_seed(0)
+    draw, make = OF_NUMPY
+    model = Pooled(Noisy(draw, make()))
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    for seed in range(3):
+        model.body.stream = np.random.default_rng(seed)
+        x, y = batch(seed)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        expected = np.random.default_rng(seed)
+        expected.random()
+        assert model.body.stream.random() == expected.random()
+
+
 class Crowded(nn.Module):
     """There is memory for the loop's pass, and for no other."""
 

@@ -223,3 +223,30 @@ def test_a_look_at_the_curvature_enters_no_step(data: tuple[Tensor, Tensor], loo
             optimizer.step()
         trained.append(values(optimizer))
     assert_same(*trained)
+
+
+class Centred(nn.Module):
+    """Keeps a running mean in a tensor that is no buffer, and writes to it in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer, self.mean = nn.Linear(6, 5), nn.Linear(5, 3), torch.zeros(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x).tanh()
+        self.mean.mul_(0.9).add_(hidden.detach().mean(0), alpha=0.1)
+        return self.outer(hidden - self.mean)
+
+
+def test_tensors_that_a_module_writes_to_are_left_alone_once_that_was_seen(data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    model = Centred()
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    alone = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        place, before = model.mean.data_ptr(), model.mean.clone()
+        optimizer.step()
+        alone.append(torch.equal(model.mean, before) and model.mean.data_ptr() == place)
+    assert alone[1:] == [True] * 3

@@ -240,6 +240,20 @@ class Batch:
         (out, width), (G_diagonal, A_diagonal) = layer.shape, layer.diagonal
         return grown(joined[0], width, A_diagonal), grown(joined[1], out, G_diagonal)
 
+    def telling(self, layers: Sequence[Layer], known: Callable[[Layer], bool]) -> list[Layer]:
+        """The layers without those that are known, and of which nothing but the 1 of their bias arrived now.
+
+        So it is at a recurrent layer where data have one position: that would bury what is known of its weight.
+        """
+        arrived = {
+            layer.name: one.A[..., :-1, : max(one.A.shape[-1] - 1, 1)].any()  # of a diagonal, its column
+            for layer in layers
+            if (one := self.statistics.get((layer.name, False))) and layer.has_bias and one.A is not None
+        }
+        here = [any_.to(next(iter(arrived.values())).device) for any_ in arrived.values()]
+        told = dict(zip(arrived, torch.stack(here).tolist() if here else [], strict=True))
+        return [layer for layer in layers if told.get(layer.name, True) or not known(layer)]
+
     def _add_squares(self, layer: Layer, total: Tensor, part: slice, weight: float) -> None:
         """Add the squared gradients of one use of the blocks ``part`` of a layer, counted ``weight`` times."""
         if layer.name not in self.spectra:

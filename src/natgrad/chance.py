@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-_KNOWN = WeakKeyDictionary[nn.Module, "Generators"]()
+# Of each module, the attributes that hold a generator: to look at all of them takes time.
+_KNOWN = WeakKeyDictionary[nn.Module, list[str]]()
 
 
 class Chance:
@@ -79,12 +80,14 @@ class Generators(NamedTuple):
 
 
 def _generators(model: nn.Module) -> Generators:
-    """Those that are there when a model is first asked for them: to look at all attributes takes time."""
-    if (known := _KNOWN.get(model)) is None:
-        held = dict.fromkeys(value for module in model.modules() for value in vars(module).values() if _draws(value))
-        own = [one for one in held if isinstance(one, torch.Generator)]
-        known = _KNOWN[model] = Generators(own, [one for one in held if not isinstance(one, torch.Generator)])
-    return known
+    """Those that are in the attributes that held one when the module was first asked; the loop may put others there."""
+    held = dict[Any, None]()
+    for module in model.modules():
+        if (names := _KNOWN.get(module)) is None:
+            names = _KNOWN[module] = [name for name, value in vars(module).items() if _draws(value)]
+        held |= dict.fromkeys(value for name in names if _draws(value := vars(module).get(name)))
+    own = [one for one in held if isinstance(one, torch.Generator)]
+    return Generators(own, [one for one in held if not isinstance(one, torch.Generator)])
 
 
 def _draws(value: object) -> bool:

@@ -57,6 +57,8 @@ SHARE, MIN_DATA = 1 / 40, 128
 APART = 0.1
 # The loop's own pass is repeated by natgrad's if outputs differ by no more than rounding, relative to their size.
 REPEATED = 1e-6
+# Sums of terms that nearly cancel are off by so many times the rounding of the terms at most.
+ROUNDING = 16.0
 # Numbers of terms that differ by less are the same, summed in another order.
 SAME_TERMS = 1e-6
 
@@ -67,10 +69,12 @@ class Change(NamedTuple):
     Attributes:
         slope: The part by the gradient at the output.
         bend: Twice the rest, what the output's curvature adds.
+        rounding: How far the sum may be off.
     """
 
     slope: float
     bend: float
+    rounding: float = 0.0
 
     @property
     def total(self) -> float:
@@ -244,12 +248,13 @@ class LocalModel:
         remainder = weight * self._remainder(before, after)
         users = at_least_float32(self._take(self.forward.output))
         shift = self._scale(before) * weight * self.likelihood.gradient_change(users, before)
-        linear = torch.sum(self._arrived() / self.scaler * (returned_after - returned)) + torch.sum(
-            shift * (after - before)
-        )
-        bend = self._scale(before) * remainder.sum()
-        slope, rise = map(float, self.ranks.mean(torch.stack([linear, bend])))
-        return Change(slope, 2 * rise)
+        arrived = self._arrived() / self.scaler
+        linear = torch.sum(arrived * (returned_after - returned)) + torch.sum(shift * (after - before))
+        remainder = self._scale(before) * remainder
+        sizes = torch.stack([torch.linalg.vector_norm(t) for t in (arrived * returned_after, remainder)])
+        rounding = ROUNDING * torch.finfo(sizes.dtype).eps * sizes.sum()
+        slope, rise, off = self.ranks.mean(torch.stack([linear, remainder.sum(), rounding])).tolist()
+        return Change(slope, 2 * rise, off)
 
     def _remainder(self, before: Tensor, after: Tensor) -> Tensor:
         """Of each criterion, what the user's gradient at the output leaves of its change."""

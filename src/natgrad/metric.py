@@ -1,12 +1,12 @@
-"""Stage 5 over all layers: when inverses are refreshed, with what damping, and on which rank.
+"""Stages 4 and 5 over all layers: when inverses are refreshed, with what damping, and on which rank.
 
-What enters are the running factors in the state of each layer and what a batch tells of the noise; what leaves are the
-inverses, in the same state. The noise of the gradient is measured in the metric that these make, and decides about the
+What enters are the factors of a batch and what it tells of the noise; what leaves are running factors and inverses, in
+the state of each layer. The noise of the gradient is measured in the metric that these make, and decides about the
 damping of the next ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from natgrad.averaging import noise_left
 from natgrad.batch import Batch
 from natgrad.damping import DampingRule
 from natgrad.distributed import World
-from natgrad.factors import flush
+from natgrad.factors import automatic_decay, flush, share_known, update_average
 from natgrad.inverses import INVERSES, Inverse
 from natgrad.layers import Bases, Layer
 from natgrad.products import rounding
@@ -99,6 +99,21 @@ class Metric:
         """Where second moments are wanted; not just before new bases, in which they would start anew."""
         wanted = self.inverse.corrects and "A_basis" in state and layer.name not in self.due(step)
         return (state["A_basis"], state["G_basis"]) if wanted else None
+
+    def fold(
+        self, layer: Layer, state: dict[str, Any], batch: Batch, decay: float | Literal["auto"], averages: bool
+    ) -> None:
+        """Fold what a batch tells of one layer's factors, and of their product's eigenvalues, into what is kept."""
+        if (factors := batch.factors(layer)) is None:
+            return
+        rows, all_rows = batch.rows(layer.name)
+        if decay == "auto":
+            decay = automatic_decay(share_known(rows, max(layer.shape)), averages)
+        update_average(state, {"A": factors[0], "G": factors[1]}, decay)
+        state["rows"] = torch.tensor(all_rows, dtype=torch.float32)
+        self.moved.add(layer.name)
+        if (spectrum := batch.spectrum(layer)) is not None:
+            update_average(state, {"spectrum": spectrum}, decay, "spectrum_age")
 
     def update(self, states: States, batch: Batch, matrix: Matrix, step: int, averages: bool) -> None:
         """Measure the noise by the metric that is there, and then refresh what is due.

@@ -227,7 +227,7 @@ class KFAC(torch.optim.Optimizer):
         gradient = self.preconditioner.gradient if averaged is None else averaged.get
         # Contiguous, as a loaded step is: sums over another layout are rounded differently.
         natural = {p: direction.contiguous() for p, direction in self.preconditioner.directions(gradient).items()}
-        if not natural:
+        if not natural or not (self._evaluates or self.preconditioner.is_finite(natural)):  # else slopes tell
             return
         lr, shares = relative_rates(self.param_groups, natural)
         if self.preconditioner.kl_clip is not None:
@@ -261,7 +261,7 @@ class KFAC(torch.optim.Optimizer):
         for parameter, direction in natural.items():
             if decays[parameter]:
                 parameter.mul_(math.exp(-alpha * shares[parameter] * decays[parameter]))
-            velocity = direction.mul_(-alpha)
+            velocity = direction.mul_(-alpha) if alpha else direction.zero_()  # it may have overflowed
             if self.momentum != 0.0 or self.automatic_lr:
                 if onward and mu:
                     velocity.add_(onward[parameter], alpha=mu)
@@ -300,7 +300,7 @@ class KFAC(torch.optim.Optimizer):
             mu, (alpha, told) = 0.0, by_average(multiplier, course, averaged.get, self.preconditioner.metric.renewed)
         self._diagnostics.update(told)
         if course.looks:
-            self._refusals.note(alpha, told)
+            self._refusals.note(alpha, told, multiplier.error())
         if averaged is not None and not alpha:
             self._averages().start_anew()
         return course.times * alpha, course.times * mu

@@ -21,7 +21,7 @@ from natgrad.batch import Batch, Fisher, all_finite, full_precision, refuse_move
 from natgrad.capture import Capture
 from natgrad.clipping import Gradient, clip_scale
 from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, reshard, whole
-from natgrad.factors import automatic_decay, resolve_sharing, share_known, update_average
+from natgrad.factors import resolve_sharing, share_known
 from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
 from natgrad.local_model import LocalModel
@@ -195,10 +195,11 @@ class Preconditioner:
         with full_precision(self.device):
             is_taken = self.update()
             natural = self.directions() if is_taken else {}
+            is_taken &= self.is_finite(natural)
             scale = 1.0 if self.kl_clip is None else clip_scale(natural, self.gradient, self.kl_clip)
         for parameter in () if is_taken else self.model.parameters():
             parameter.grad = None
-        for parameter, direction in natural.items():
+        for parameter, direction in natural.items() if is_taken else ():
             assert parameter.grad is not None
             parameter.grad.copy_(like(direction.mul_(scale), parameter))
         self.release()
@@ -254,8 +255,8 @@ class Preconditioner:
             batch.check(self.layers, self.states(), self.steps, self.gradient)
         self.averages = self.may_average and Trust(self._state(self.layers[0])).averages
         self.metric.restore(self.states(), self.steps - 1)
-        for layer in self.layers:
-            self._update_factors(layer, batch)
+        for layer in batch.telling(self.layers, lambda layer: "A" in self._state(layer)):
+            self.metric.fold(layer, self._state(layer), batch, self.factor_decay, self.averages)
         self.metric.update(self.states(), batch, partial(self._matrix, self.gradient), self.steps, self.averages)
         self._count_step()
         return True
@@ -285,6 +286,12 @@ class Preconditioner:
                 steps = zip(layer.parameters, layer.from_matrix(solutions.pop(layer.name)), strict=True)
                 natural.update((p, step) for p, step in steps if self.gradient(p) is not None)
         return natural
+
+    def is_finite(self, natural: Mapping[nn.Parameter, Tensor]) -> bool:
+        """Whether a natural gradient is; a step along another is skipped, as where curvature has vanished."""
+        finite = all_finite(list(natural.values()))
+        self.skipped_steps += not finite
+        return finite
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """All of a parameter's gradient, of which each rank may have a shard; None if there is none."""
@@ -385,15 +392,3 @@ class Preconditioner:
         local = partial(LocalModel, self.model, likelihood, self.capture.view, forward, batch.terms, ranks)
         share = partial(noise.share, self.states().values())
         return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms, ranks, share)
-
-    def _update_factors(self, layer: Layer, batch: Batch) -> None:
-        if (factors := batch.factors(layer)) is None:
-            return
-        state, decay, (rows, all_rows) = self._state(layer), self.factor_decay, batch.rows(layer.name)
-        if decay == "auto":
-            decay = automatic_decay(share_known(rows, max(layer.shape)), self.averages)
-        update_average(state, {"A": factors[0], "G": factors[1]}, decay)
-        state["rows"] = torch.tensor(all_rows, dtype=torch.float32)
-        self.metric.moved.add(layer.name)
-        if (spectrum := batch.spectrum(layer)) is not None:
-            update_average(state, {"spectrum": spectrum}, decay, "spectrum_age")

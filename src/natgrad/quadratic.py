@@ -118,7 +118,7 @@ def shorten(
             "halvings": float(halvings),
             **({"previous_change": looking_back(b, M)} if len(directions) > 1 else {}),
         }
-        if actual <= SUFFICIENT * min(predicted, 0.0):
+        if actual + change.rounding <= SUFFICIENT * min(predicted, 0.0) or not c.any():
             return c, change, diagnostics
         c = c / 2
     return torch.zeros_like(c), change, diagnostics

@@ -12,6 +12,7 @@ Either way a step is tried on the model's data before it is taken, unless it is 
 is remembered, so that the next batch can tell how much of it was true.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,26 +85,36 @@ class Course:
 class Refusals:
     """Steps that were not taken, as even a small part of them would not have lowered the loss.
 
-    One such step is noise. Several are a loss other than that which natgrad was told of. Where everything is learnt
-    they are rounding, and promise next to nothing.
+    One such step is noise. Several are a loss other than that which natgrad was told of, or a network without
+    curvature. Where everything is learnt they are rounding, and promise next to nothing, nor is there an error.
 
     Attributes:
         in_a_row: Number of the latest ones.
         most: The largest fall of the loss that a step promised.
+        most_error: The largest squared gradient at the output.
         told: Whether that was told of.
     """
 
     in_a_row: int = 0
     most: float = 0.0
+    most_error: float = 0.0
     told: bool = False
 
-    def note(self, alpha: float, told: Told) -> None:
-        """Look at a step that was tried, and warn once after several."""
+    def note(self, alpha: float, told: Told, error: float) -> None:
+        """Look at a step that was tried, and warn once after several.
+
+        Args:
+            alpha: Its rate.
+            told: Diagnostics of it.
+            error: Mean squared gradient at the output.
+        """
         if "halvings" not in told:
             return
         promised = -told["predicted_change"] * 2.0 ** told["halvings"]
-        self.most = max(self.most, promised)
-        self.in_a_row = self.in_a_row + 1 if not (alpha or promised <= MEANT * self.most) else 0
+        self.most, self.most_error = max(self.most, promised), max(self.most_error, error)
+        is_meant = promised > MEANT * self.most if told["halvings"] else error > MEANT * self.most_error
+        # What cannot be compared is no promise that was kept.
+        self.in_a_row = self.in_a_row + 1 if not alpha and (is_meant or math.isnan(promised)) else 0
         if self.in_a_row == REFUSED and not self.told:
             self.told = True
             warnings.warn(
@@ -111,7 +122,9 @@ class Refusals:
                 "tell of. If the loop's is another, such as a sum over several outputs, declare that: a dictionary of "
                 "losses by the keys of the outputs, or a `Likelihood` of your own. If it has a large penalty on the "
                 "parameters, use `weight_decay` in its place, or numbers as `lr` and `momentum`. If it calls the model "
-                "many times and hands something on, as a state, let one module do that and return all outputs.",
+                "many times and hands something on, as a state, let one module do that and return all outputs. If the "
+                "output is saturated, as by inputs that are not normalized, a huge bias or data that are not shuffled, "
+                "there is no curvature to go by: normalize and shuffle them, and begin with smaller weights.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -139,7 +152,7 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
         return trust.judge(promised, change if is_witness else promised, lambda: multiplier.changed_by(course.back))
 
     c, seen, told = quadratic.choose(multiplier.local, directions, b, given, rest.along, judge)
-    slope, bend = (own + more for own, more in zip(seen, rest.parts(c), strict=True))
+    slope, bend = (own + more for own, more in zip(seen[:2], rest.parts(c), strict=True))
     _look_back(multiplier, course, told, promised)
     multiplier.promise(course.times * slope, course.times**2 * bend)
     if not c.any() and told["halvings"]:
@@ -171,7 +184,7 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     pace.note(error, back)
     told: Told = {"shortening": pace.factor}
     multiplier.forget()
-    if not (own > 0 and slope > 0):
+    if not (0 < own < math.inf and 0 < slope < math.inf):
         pace.rest()
         return 0.0, told
     along, due = Slopes(own, slope, back), pace.due(slope, renewed)
@@ -227,6 +240,8 @@ def _measured(
     total = torch.tensor([-slopes.own, slopes.back], dtype=M.dtype)[: len(directions)]
     more = rest.along(multiplier.local, directions, total)
     M = M if more is None else M + more.curvature
+    if not M.isfinite().all():
+        return 0.0, {}
     if len(total) > 1:
         trust.judge(promised, quadratic.looking_back(total, M), lambda: multiplier.changed_by(course.back))
     pace.measure(slopes.averaged, float(M[0, 0]), due)
@@ -248,7 +263,7 @@ def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised:
         multiplier.confirm(told["previous_change"], promised)
         if Trust(multiplier.state).averages:
             multiplier.look_back(course.back, promised)
-    halvings = int(told["halvings"])
+    halvings = int(told.get("halvings", 0))
     Trust(multiplier.state).tried(halvings, bool(halvings) and multiplier.ranks.all(multiplier.local.has_all))
 
 

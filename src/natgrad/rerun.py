@@ -10,6 +10,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 # Attributes that torch gives every module.
 _BOOKKEEPING = vars(nn.Module()).keys()
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+# Of each module, the attributes that a pass of natgrad's was seen to write to in place.
+_WRITTEN = WeakKeyDictionary[nn.Module, set[str]]()
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional ones, and those by keyword."""
@@ -124,22 +127,44 @@ def places(model: nn.Module) -> dict[str, list[str]]:
 def attributes_left_alone(model: nn.Module) -> Iterator[None]:
     """What modules note in their attributes in here, such as a penalty for the loop to add, is not there afterwards.
 
-    Lists, dictionaries, sets and queues get back what was in them, too; not so tensors that are no buffers, and what is
-    further inside.
+    Lists, dictionaries, sets and queues get back what was in them, too, and tensors that are no buffers their numbers,
+    once one was seen to be written to; not so what is further inside.
     """
-    noted = [(vars(module), vars(module).keys() - _BOOKKEEPING) for module in model.modules()]
-    before = [{name: attributes[name] for name in names} for attributes, names in noted]
+    modules = list(model.modules())
+    before = [{name: vars(m)[name] for name in vars(m).keys() - _BOOKKEEPING} for m in modules]
     contents = [(value, value.copy()) for kept in before for value in kept.values() if type(value) in _CONTAINERS]
+    with _tensors_left_alone(dict(zip(modules, before, strict=True))):
+        try:
+            yield
+        finally:
+            for module, kept in zip(modules, before, strict=True):
+                for name in vars(module).keys() - _BOOKKEEPING - kept.keys():
+                    del vars(module)[name]
+                vars(module).update(kept)
+            for value, content in contents:
+                value.clear()
+                value.extend(content) if isinstance(value, list | deque) else value.update(content)
+
+
+@contextmanager
+def _tensors_left_alone(attributes: Mapping[nn.Module, Mapping[str, Any]]) -> Iterator[None]:
+    """Passes write to copies of the tensors that earlier ones have written to; of all, copies may take much memory."""
+    held = [
+        (module, name, value)
+        for module, named in attributes.items()
+        for name, value in named.items()
+        if isinstance(value, Tensor) and not value.is_inference()
+    ]
+    for module, name, value in held:
+        if name in _WRITTEN.get(module, ()):
+            vars(module)[name] = value.clone()
+    versions = [value._version for _, _, value in held]
     try:
         yield
     finally:
-        for (attributes, _), kept in zip(noted, before, strict=True):
-            for name in attributes.keys() - _BOOKKEEPING - kept.keys():
-                del attributes[name]
-            attributes.update(kept)
-        for value, content in contents:
-            value.clear()
-            value.extend(content) if isinstance(value, list | deque) else value.update(content)
+        for (module, name, value), version in zip(held, versions, strict=True):
+            if value._version != version:
+                _WRITTEN.setdefault(module, set()).add(name)
 
 
 def subsample(forward: Forward, chosen: Tensor) -> Arguments | None:

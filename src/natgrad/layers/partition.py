@@ -94,6 +94,8 @@ def _candidates(name: str, module: nn.Module) -> list[Layer] | str:
         )
     kind = registered(module)
     parametrized = parametrize.is_parametrized(module)
+    if kind is None and getattr(module, "sparse", False) is True:
+        return f"sparse gradients of {type(module).__name__}"
     if kind is None:
         return f"no layer kind is registered for {type(module).__name__}"
     reason = kind.refuses(module) or (weight_norm.refusal(module) if parametrized else None)
