@@ -222,7 +222,7 @@ BUGS = {
     "a scaler that comes late overlooked": Bug("multiplier.py", "is_seen and 1 / NOISE < growth < NOISE and", "is_seen and", MULTIPLIER),
     "a pass at every step for a scaler that stays": Bug("multiplier.py", "        if product != 1 and self._is_steady(product / before):", "        if False:", MULTIPLIER),
     "a scaler never looked at again": Bug("multiplier.py", ' and float(self.state["step"]) % EVERY != 0', "", MULTIPLIER),
-    "soft targets taken for labels": Bug("targets.py", "variety > max(VARIETY, apart) or", "True or", MULTIPLIER),
+    "soft targets taken for labels": Bug("targets.py", "variety > max(VARIETY, apart) or", "True or", "test_targets.py"),
     "a step too long left as it is": Bug("multiplier.py", "        return factor <= 1 and stands\n", "        return True\n", f"{MULTIPLIER} test_robustness.py"),
     "a module's multiplier overlooked": Bug("capture.py", "value.register_hook(forward.add_multiplier)", "pass", MULTIPLIER),
     "inverses that waited computed anew": Bug("metric.py", "if state.get(MOVED, True)", "if True", RESUME),
