@@ -204,3 +204,24 @@ def test_a_natural_gradient_without_end_is_a_step_that_is_skipped() -> None:
             skipped += not is_taken
             optimizer.step()
     assert skipped
+
+
+@pytest.mark.filterwarnings("ignore:natgrad:RuntimeWarning")
+@pytest.mark.parametrize("momentum", [0.9, "auto"])
+def test_a_given_rate_takes_no_step_without_end_nor_does_what_has_no_layer(momentum: Any) -> None:
+    skipped = 0
+    for seed in range(6):
+        model, x, y = overflowing(seed, 1e5)
+        model = nn.Sequential(*model, nn.PReLU(4))
+        optimizer = natgrad.KFAC(model, "cross_entropy", lr=1e-6, momentum=momentum)
+        for step in range(10):
+            some = torch.arange(128 * step, 128 * (step + 1)) % len(x)
+            optimizer.zero_grad()
+            cross_entropy(model(x[some]), y[some]).backward()
+            before, known = [p.detach().clone() for p in model.parameters()], optimizer.preconditioner.skipped_steps
+            optimizer.step()
+            assert all(p.isfinite().all() for p in model.parameters())
+            if optimizer.preconditioner.skipped_steps > known:
+                skipped += 1
+                assert all(map(torch.equal, model.parameters(), before))
+    assert skipped

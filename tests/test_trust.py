@@ -163,12 +163,12 @@ def test_what_the_model_refutes_is_looked_at_in_fact(in_fact: float, factor: flo
 
 def test_a_step_that_is_undone_makes_rates_smaller_and_there_is_a_least() -> None:
     state: dict[str, Tensor] = {}
-    assert not Trust(state).refutes(-1.0, 0.9 * trust.REFUTED)
+    assert Trust(state).lets_stand(-1.0, 0.9 * trust.REFUTED)
     assert not state
-    assert Trust(state).refutes(-1.0, 1.1 * trust.REFUTED)
+    assert not Trust(state).lets_stand(-1.0, 1.1 * trust.REFUTED)
     assert Trust(state).caution == trust.BACK
     for _ in range(10):
-        Trust(state).refutes(-1.0, 1.1)
+        Trust(state).lets_stand(-1.0, 1.1)
     assert Trust(state).caution == pytest.approx(trust.SLOWEST)
 
 

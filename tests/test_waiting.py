@@ -59,6 +59,18 @@ def test_a_criterion_of_two_networks_tells_each_of_its_own(criterion: nn.Module)
             assert all(relative_error(F, E) < 1e-12 for F, E in zip(pair, factors[name], strict=True))
 
 
+def test_another_networks_output_is_not_taken_for_an_equal_one() -> None:
+    """As where the heads of both begin with zeros."""
+    models = [network(seed) for seed in (1, 2)]
+    for model in models:
+        nn.init.zeros_(model[-1].weight)
+    ours = natgrad.Preconditioner(models[0], WEIGHTED)
+    outputs = [model(inputs()) for model in models]
+    sum((WEIGHTED(output, labels()) for output in outputs[::-1]), torch.zeros(())).backward()
+    ours.step()
+    assert all(G.any() for name, (_, G) in ours.factors().items() if name == "2")
+
+
 @pytest.mark.usefixtures("anew")
 @pytest.mark.parametrize(("passes", "told"), [(waiting.MOST, False), (waiting.MOST + 1, True)])
 def test_passes_that_could_not_wait_are_told_of(passes: int, told: bool) -> None:

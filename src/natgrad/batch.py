@@ -99,21 +99,19 @@ class Batch:
         yield from self.spectra.values()
 
     def tell_what_is_not_finite(self, step: int, skipped: int, gradients: Mapping[str, Tensor]) -> None:
-        """Log why a step is skipped; not every time, if that is so for long.
+        """Log why a step is skipped.
 
         Args:
             step: Number of steps taken.
             skipped: Of those skipped, with this one.
             gradients: Of the parameters, by name.
         """
-        if skipped.bit_count() > 1:
-            return
         if self.latest is not None and not all_finite([self.latest.output]):
             culprit = "the model's output"
         else:
             culprits = (f"the gradient of {name}" for name, g in gradients.items() if not all_finite([g]))
             culprit = next(culprits, "a statistic")
-        _logger.warning("natgrad: step %d is skipped, as %s is not finite (%d so far)", step, culprit, skipped)
+        tell_of_skipped(step, skipped, culprit)
 
     def rows(self, name: str) -> tuple[int, float]:
         """Number of rows in A of the layer called ``name``, and of those that they stand for."""
@@ -241,14 +239,14 @@ class Batch:
         return grown(joined[0], width, A_diagonal), grown(joined[1], out, G_diagonal)
 
     def telling(self, layers: Sequence[Layer], known: Callable[[Layer], bool]) -> list[Layer]:
-        """The layers without those that are known, and of which nothing but the 1 of their bias arrived now.
+        """The layers without those of hidden states that are known, and that saw none but zeros now.
 
-        So it is at a recurrent layer where data have one position: that would bury what is known of its weight.
+        So it is where data have one position: that would bury what is known of their weights.
         """
         arrived = {
             layer.name: one.A[..., :-1, : max(one.A.shape[-1] - 1, 1)].any()  # of a diagonal, its column
             for layer in layers
-            if (one := self.statistics.get((layer.name, False))) and layer.has_bias and one.A is not None
+            if layer.sees_states and (one := self.statistics.get((layer.name, False))) and one.A is not None
         }
         here = [any_.to(next(iter(arrived.values())).device) for any_ in arrived.values()]
         told = dict(zip(arrived, torch.stack(here).tolist() if here else [], strict=True))
@@ -288,6 +286,12 @@ def refuse_moved(layers: Sequence[Layer], states: Mapping[str, Mapping[str, Any]
                 f"curvature in {A.dtype} on {A.device}: make the optimizer after `model.to(…)`, and load the "
                 "state that it had into that."
             )
+
+
+def tell_of_skipped(step: int, skipped: int, culprit: str) -> None:
+    """Log what is not finite; not every time, if that is so for long."""
+    if skipped.bit_count() == 1:
+        _logger.warning("natgrad: step %d is skipped, as %s is not finite (%d so far)", step, culprit, skipped)
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -84,29 +84,34 @@ def _generators(model: nn.Module) -> Generators:
     held = dict[Any, None]()
     for module in model.modules():
         if (names := _KNOWN.get(module)) is None:
-            names = _KNOWN[module] = [name for name, value in vars(module).items() if _draws(value)]
+            # What is made in the first pass is None until then.
+            names = _KNOWN[module] = [name for name, value in vars(module).items() if value is None or _draws(value)]
         held |= dict.fromkeys(value for name in names if _draws(value := vars(module).get(name)))
     own = [one for one in held if isinstance(one, torch.Generator)]
     return Generators(own, [one for one in held if not isinstance(one, torch.Generator)])
 
 
 def _draws(value: object) -> bool:
+    if isinstance(value, torch.Generator | random.Random):
+        return not isinstance(value, random.SystemRandom)  # which has no state
     numpy = sys.modules.get("numpy")
-    return isinstance(value, torch.Generator | random.Random) or (
-        numpy is not None and isinstance(value, numpy.random.Generator)
-    )
+    return numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState)
 
 
 def _state_of(generator: Any) -> bytes:
     # Numpy's may hold arrays, which cannot be compared as they are.
-    return pickle.dumps(generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state)
+    if isinstance(generator, random.Random):
+        return pickle.dumps(generator.getstate())
+    return pickle.dumps(generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state())
 
 
 def _write(generator: Any, state: bytes) -> None:
     if isinstance(generator, random.Random):
         generator.setstate(pickle.loads(state))
-    else:
+    elif hasattr(generator, "bit_generator"):
         generator.bit_generator.state = pickle.loads(state)
+    else:
+        generator.set_state(pickle.loads(state))
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:

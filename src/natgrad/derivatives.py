@@ -198,15 +198,15 @@ def directional_derivative(
         forward_mode: What is known of that.
     """
     forward_mode = forward_mode or ForwardMode()
-    reason = ""
+    reason = None
     for way in forward_mode.ways({p.dtype for p in parameters.values()}):
         try:
             return way(output, parameters, direction)
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, RuntimeError) as error:  # fused kernels, custom functions
-            reason = str(error)
-    if reason:
+            reason = repr(error)
+    if reason is not None:
         forward_mode.fail(reason)
     return central_difference(output, parameters, direction, before)
 

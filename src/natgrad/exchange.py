@@ -147,5 +147,5 @@ def blank(names: Sequence[str], state: State) -> dict[str, Tensor]:
     A, G = state["A"], state["G"]
     shapes = {"A": A.shape, "G": G.shape}
     product = (*A.shape[:-2], G.shape[-2], A.shape[-2])
-    ages = {name: torch.ones((), dtype=A.dtype) for name in names if name.endswith("_age")}
+    ages = {name: torch.ones((), dtype=torch.float64) for name in names if name.endswith("_age")}
     return {name: A.new_zeros(shapes.get(name.split("_")[0], product)) for name in names} | ages

@@ -69,7 +69,7 @@ class Change(NamedTuple):
     Attributes:
         slope: The part by the gradient at the output.
         bend: Twice the rest, what the output's curvature adds.
-        rounding: How far the sum may be off.
+        rounding: How far the sum may be off, by the rounding of outputs and sums in single precision.
     """
 
     slope: float

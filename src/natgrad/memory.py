@@ -48,7 +48,7 @@ class Kept(Generic[RecordT]):
         return self.kind(*controller.state[self.name].tolist()) if self.name in controller.state else self.kind()
 
     def __set__(self, controller: Controller, record: RecordT) -> None:
-        controller.state[self.name] = torch.tensor(record)
+        controller.state[self.name] = torch.tensor(record, dtype=torch.float32, device="cpu")
 
 
 def sizes(*controllers: type) -> dict[str, int]:

@@ -135,8 +135,8 @@ class LossMultiplier:
         if self.undeclared.is_found:
             return self.of_all()
         some = self._made(more=Trust(self.state).more)
-        # Outputs by other statistics than the loop's tell nothing of s.
-        return some if self._is_trusted or not some.has_other_statistics else self.of_all()
+        # Outputs by other statistics than the loop's tell nothing of s; where one rank's are, as shards are gathered.
+        return some if self._is_trusted or self.ranks.all(not some.has_other_statistics) else self.of_all()
 
     def of_all(self) -> LocalModel:
         """The same on all data of the pass."""
@@ -247,10 +247,10 @@ class LossMultiplier:
             return False
         back = self._back(step)
         is_certain = self.bound[1] or not back.bend  # a loss that is linear in the output tells nothing of s
-        stands = not ((self._is_trusted or is_certain) and Trust(self.state).refutes(self.promised, -back.total))
+        trust, change = Trust(self.state), -back.total
         # Trust by an earlier step may have been a mistake.
-        if is_certain or (self._is_trusted and stands):
-            return stands
+        if is_certain or (self._is_trusted and not trust.refutes(self.promised, change)):
+            return trust.lets_stand(self.promised, change)
         # By the slope that its own batch saw at its start: so much of that is noise, and was never there on other data.
         noise = 0.0 if self.is_repeated else self._noise()
         most, least = -back.slope - slope, -back.slope - (1 - noise) * slope
@@ -261,6 +261,7 @@ class LossMultiplier:
             factor = low
         elif high < 1 / SUSPECT and bend > abs(slope) / 2:  # and not just cut short by the check
             factor = max(high, SHRINK)
+        stands = not self._is_trusted or (factor == 1 and trust.lets_stand(self.promised, change))
         self._set(self.loss * factor, self.scaler)
         self._promise = self._promise._replace(is_trusted=factor == 1 and bend > 0)
         return factor <= 1 and stands
@@ -348,8 +349,14 @@ class LossMultiplier:
         """Mean squared gradient at the output, of the declared loss's criterion."""
         assert self.forward.gradient is not None
         R = self.likelihood.scale(self.terms)
-        size = float(torch.linalg.vector_norm(self.forward.gradient)) / (R * self.loss * self.scaler)
+        size = self._size / (R * self.loss * self.scaler)
         return float(self.ranks.mean([size**2 / self.forward.gradient.numel()]))
+
+    @cached_property
+    def _size(self) -> float:
+        """Length of the gradient at the output."""
+        assert self.forward.gradient is not None
+        return float(torch.linalg.vector_norm(self.forward.gradient))
 
     def _set(self, loss: float, scaler: float) -> None:
         self._multiplier = Multiplier(loss, scaler)

@@ -80,7 +80,7 @@ def split(total: float, energy: float, data: float) -> tuple[float, float] | Non
 
 def remember(state: State, total: float, noise: float, anew: bool) -> None:
     """Fold the share of noise in the latest total into its running average, which is kept where it is read."""
-    share = torch.tensor(min(noise / total, 1.0), dtype=torch.float64)
+    share = torch.tensor(min(noise / total, 1.0), dtype=torch.float64, device="cpu")
     state["noise"] = share if anew or "noise" not in state else torch.lerp(state["noise"], share, 1 - DECAY)
 
 

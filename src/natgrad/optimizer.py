@@ -180,9 +180,7 @@ class KFAC(torch.optim.Optimizer):
         if not self.preconditioner.steps:
             self.state.update({p: states.known(kept) for p, kept in self.state.items()})
         with self.preconditioner.capture.aside(), full_precision(self.preconditioner.device):
-            is_taken = self.preconditioner.update(self._stands if self._evaluates else None)
-            if is_taken:
-                self._step_layers()
+            is_taken = self.preconditioner.update(self._stands if self._evaluates else None) and self._step_layers()
         if is_taken and self._adamw is not None:
             self._adamw.step()
         if not self.preconditioner.steps + self.preconditioner.skipped_steps:
@@ -222,13 +220,15 @@ class KFAC(torch.optim.Optimizer):
         self.undone_steps += 1
         return False
 
-    def _step_layers(self) -> None:
+    def _step_layers(self) -> bool:
         averaged = self._averages().take(self.preconditioner.gradient) if self.preconditioner.averages else None
         gradient = self.preconditioner.gradient if averaged is None else averaged.get
         # Contiguous, as a loaded step is: sums over another layout are rounded differently.
         natural = {p: direction.contiguous() for p, direction in self.preconditioner.directions(gradient).items()}
-        if not natural or not (self._evaluates or self.preconditioner.is_finite(natural)):  # else slopes tell
-            return
+        if not natural:
+            return True
+        if not (self.automatic_lr or self.preconditioner.is_finite(natural)):  # else slopes tell
+            return False
         lr, shares = relative_rates(self.param_groups, natural)
         if self.preconditioner.kl_clip is not None:
             bound = self.preconditioner.kl_clip / max(lr, 1e-30) ** 2
@@ -251,6 +251,7 @@ class KFAC(torch.optim.Optimizer):
         self._statistics = RunningStatistics(self.preconditioner.model) if self.automatic_lr else None
         if self.preconditioner.may_average and averaged is None:
             self._averages().rest()
+        return True
 
     def _move(
         self, natural: Direction, onward: Direction, shares: dict[nn.Parameter, float], alpha: float, mu: float

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from natgrad import damping as dampings
 from natgrad import diagnostics, exchange, noise, schedule
 from natgrad import state as states
-from natgrad.batch import Batch, Fisher, all_finite, full_precision, refuse_moved
+from natgrad.batch import Batch, Fisher, all_finite, full_precision, refuse_moved, tell_of_skipped
 from natgrad.capture import Capture
 from natgrad.clipping import Gradient, clip_scale
 from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, reshard, whole
@@ -179,15 +179,16 @@ class Preconditioner:
 
     @property
     def steps(self) -> int:
-        """Number of steps taken, skipped ones not counted."""
+        """Number of steps taken, without those that were skipped for a gradient or statistic that was not finite."""
         return int(self._state(self.layers[0]).get("step", 0))
 
     def step(self) -> bool:
         """Replace ``.grad`` of every layer's parameters by the natural gradient.
 
         Returns:
-            False when a gradient or a statistic was not finite: then the factors stay as they are, and every ``.grad``
-            of the model is set to None so that the optimizer's step that follows leaves the parameters alone too.
+            False when a gradient or a statistic was not finite: then the factors stay as they are; or when the natural
+            gradient is not. Every ``.grad`` of the model is set to None then, so that the optimizer's step that follows
+            leaves the parameters alone too.
 
         Raises:
             RuntimeError: when there is no gradient, or a layer has one and was never seen running.
@@ -289,9 +290,11 @@ class Preconditioner:
 
     def is_finite(self, natural: Mapping[nn.Parameter, Tensor]) -> bool:
         """Whether a natural gradient is; a step along another is skipped, as where curvature has vanished."""
-        finite = all_finite(list(natural.values()))
-        self.skipped_steps += not finite
-        return finite
+        if all_finite(list(natural.values())):
+            return True
+        self.skipped_steps += 1
+        tell_of_skipped(self.steps, self.skipped_steps, "the natural gradient")
+        return False
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """All of a parameter's gradient, of which each rank may have a shard; None if there is none."""
@@ -306,7 +309,8 @@ class Preconditioner:
         state, there = self._state(layer), [gradient(p) for p in layer.parameters]
         if "A" not in state or all(g is None for g in there):
             return None
-        gradients = [p.new_zeros(p.shape) if g is None else g for p, g in zip(layer.parameters, there, strict=True)]
+        zeros = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in layer.parameters if gradient(p) is None]
+        gradients = [zeros.pop(0) if g is None else g for g in there]
         return layer.to_matrix(gradients).to(state["A"].dtype)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:

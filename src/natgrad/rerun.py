@@ -31,7 +31,6 @@ SHARE = 1 / 4
 SAME = 0.01
 HALF = (torch.float16, torch.bfloat16)
 # What a model raises that does not take some of the data alone, as it is made for one size of batch or relates them.
-# Where memory is full that is no refusal, and to try something else would take more of it.
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 # Attributes that torch gives every module.
@@ -266,8 +265,6 @@ def again(model: nn.Module, forward: Forward, chosen: Tensor, select: Callable[[
             if arguments is None:
                 return None
             output = select(rerun(model, {}, *arguments))
-    except torch.OutOfMemoryError:
-        raise
     except REFUSALS:
         return None
     weights = None if forward.weights is None else Weights(*(weight[chosen] for weight in forward.weights))

@@ -45,7 +45,7 @@ def of_layer(layer: Layer, name: str) -> Tensor:
     parameter = layer.parameters[0]
     wide = torch.promote_types(parameter.dtype, torch.float32)
     if name in OF_ALL:
-        return torch.full((OF_ALL[name],), torch.nan)
+        return torch.full((OF_ALL[name],), torch.nan, dtype=torch.float32, device="cpu")
     if name in ("step", MOVED):
         return torch.zeros(())
     if name in ("age", "rows", "noise", "spectrum_age"):

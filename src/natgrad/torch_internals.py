@@ -1,4 +1,4 @@
-"""What natgrad uses of torch that torch does not promise, in one place: to look through when a new version comes.
+"""What natgrad uses of torch that torch does not promise, of its engine, hooks and modules: see to it in new versions.
 
 There is no public way to ask any of it. The tests of :mod:`natgrad.forward`, :mod:`natgrad.passes` and the layers run
 all of it, so that a version in which something is not there, or means something else, fails them.

@@ -151,11 +151,15 @@ class Trust:
         return self.caution
 
     def refutes(self, promised: float, change: float) -> bool:
-        """Whether a step is to be undone, as the next batch refutes it."""
+        """Whether the next batch refutes a step."""
+        return _refuted(promised, change)
+
+    def lets_stand(self, promised: float, change: float) -> bool:
+        """Whether a step is left as it was; those to come are more cautious where it is to be undone."""
         refuted = _refuted(promised, change)
         if refuted:
             self._heed(BACK)
-        return refuted
+        return not refuted
 
     def _heed(self, factor: float) -> None:
         self._evidence = self._evidence._replace(caution=min(max(factor * self.caution, SLOWEST), 1.0))

@@ -151,15 +151,19 @@ def verify(
 def _restrict(model: nn.Module, x: Any, y: Any, view: View, max_outputs: int) -> tuple[Any, Any, list[str]]:
     """As many of the first data as have no more than ``max_outputs`` output entries."""
     with torch.no_grad():
-        entries = view(model(x)).numel()
-    data = next(len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim)
-    if entries <= max_outputs:
+        output = view(model(x))
+    entries = output.numel()
+    lengths = {len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim}
+    # Rows of the output may be several for each datum.
+    data = max((length for length in lengths if length and len(output) % length == 0), default=0)
+    if entries <= max_outputs or not data:
         return x, y, []
     kept = max(1, data * max_outputs // entries)
     note = f"The first {kept} of {data} data were used, as all of them have {entries:,} output entries."
 
-    def first(tensor: Any) -> Any:
-        return tensor[: kept * (len(tensor) // data)] if isinstance(tensor, Tensor) and tensor.ndim else tensor
+    def first(leaf: Any) -> Any:
+        is_of_data = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) > 0 and len(leaf) % data == 0
+        return leaf[: kept * (len(leaf) // data)] if is_of_data else leaf
 
     return tree_map(first, x), tree_map(first, y), [note]
 

@@ -54,13 +54,16 @@ class Waiting:
         return len(self._passes)
 
     def made(self, seen: Tensor) -> Forward | None:
-        """The pass of whose output a tensor was made; where the graph does not tell, the latest that equals it."""
+        """The pass of whose output a tensor was made; where there is no graph to tell, the latest that equals it."""
         edges = [edge for _, edges in self._passes for edge in edges]
         owners = [forward for forward, edges in self._passes for _ in edges]
         met = met_first(get_gradient_edge(seen), edges)
         if met:
             return owners[max(met)]
-        return next((one for one, _ in reversed(self._passes) if torch.equal(one.output, seen)), None)
+        if seen.grad_fn is not None:  # of a graph, which is another network's
+            return None
+        alike = (one for one, _ in reversed(self._passes) if one.output.shape == seen.shape)
+        return next((one for one in alike if one.output.device == seen.device and torch.equal(one.output, seen)), None)
 
 
 def given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -76,6 +76,7 @@ class Layer(ABC):
         is_linear: Whether the output is the matrix times the input.
         of_derivative: Whether the rows are of a derivative that the network takes of itself.
         transposed: Whether they are rows of a use of the transposed matrix.
+        sees_states: Whether what it sees are hidden states, which begin as zeros.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Layer(ABC):
     wrapper: "Layer | None" = None
     data_dim = 0
     per_datum = True
-    is_linear = of_derivative = transposed = False
+    is_linear = of_derivative = transposed = sees_states = False
 
     @classmethod
     def split(cls, name: str, module: nn.Module) -> "Sequence[Layer]":

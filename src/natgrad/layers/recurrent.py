@@ -35,6 +35,7 @@ class GateLayer(LinearLayer):
 
     def __init__(self, name: str, module: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         self.name, self.module, self.bias = name, module, bias
+        self.sees_states = name.rpartition(".")[2].startswith("hh")
         self.has_bias = bias is not None and bias.requires_grad
         self.parameters = [weight, bias] if bias is not None and self.has_bias else [weight]
 
