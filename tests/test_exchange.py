@@ -339,10 +339,10 @@ def test_the_example_runs() -> None:
 def test_an_age_is_not_sent_with_tensors_of_the_device() -> None:
     """It is a number on the CPU, and one wherever it would be sent."""
     inverse = EkfacInverse()
-    state = {"A": torch.eye(3, dtype=torch.float64), "G": torch.eye(2, dtype=torch.float64)}
+    state = {"A": torch.eye(3, dtype=torch.float32), "G": torch.eye(2, dtype=torch.float32)}
     owned = inverse.factorize(**state, damping=Damping(0.1, 0.1))
     assert {t.shape for t in owned.values()} - {p.tensor.shape for p in inverse_pieces(inverse.names, owned)} == {()}
     room = blank(inverse.names, {name: factor.to("meta") for name, factor in state.items()})
     assert {name for name, t in room.items() if t.device.type == "cpu"} == {"spectrum_age"}
     assert torch.equal(room["spectrum_age"], owned["spectrum_age"])
-    assert {name: t.shape for name, t in room.items()} == {name: t.shape for name, t in owned.items()}
+    assert {n: (t.shape, t.dtype) for n, t in room.items()} == {n: (t.shape, t.dtype) for n, t in owned.items()}

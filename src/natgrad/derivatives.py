@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from natgrad.memory import State
+from natgrad.memory import State, number
 from natgrad.products import multiplies_as_stored
 
 # Of the latest step, how far a difference looks; and the least relative change of the outputs that it believes, a
@@ -78,11 +78,11 @@ class Agreement:
     def learn(self, quick: Tensor, sure: Tensor) -> None:
         """Compare the two."""
         apart = torch.linalg.vector_norm(quick - sure) > self._tolerance * torch.linalg.vector_norm(sure)
-        self._state[self._name] = torch.tensor([0.0 if apart else 1.0 + (self._name in self._state)])
+        self._state[self._name] = number(0.0 if apart else 1.0 + (self._name in self._state))
 
     def refute(self) -> None:
         """They are not to be compared."""
-        self._state[self._name] = torch.zeros(1)
+        self._state[self._name] = number(0.0)
 
 
 class ForwardMode:
@@ -114,7 +114,7 @@ class ForwardMode:
 
     def fail(self, reason: str) -> None:
         """Note that it did."""
-        self._state[self._NAME] = torch.ones(1)
+        self._state[self._NAME] = number(1.0)
         _tell_once(reason)
 
 

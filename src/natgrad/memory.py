@@ -8,6 +8,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
+from torch import Tensor
 
 State = MutableMapping[str, Any]
 RecordT = TypeVar("RecordT", bound=tuple[float, ...])
@@ -48,7 +49,12 @@ class Kept(Generic[RecordT]):
         return self.kind(*controller.state[self.name].tolist()) if self.name in controller.state else self.kind()
 
     def __set__(self, controller: Controller, record: RecordT) -> None:
-        controller.state[self.name] = torch.tensor(record, dtype=torch.float32, device="cpu")
+        controller.state[self.name] = number(*record)
+
+
+def number(*values: float) -> Tensor:
+    """One or several numbers as they are kept, whatever torch's defaults are."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def sizes(*controllers: type) -> dict[str, int]:
