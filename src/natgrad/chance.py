@@ -27,12 +27,12 @@ class Chance:
     def __init__(self, model: nn.Module) -> None:
         self._devices = _accelerators(model)
         self._own = _generators(model)
-        self._states, self._others = self._read(), self._read_others()
+        self._states, self._others = self._read(), [*map(_state_of, self._own.others)]
 
     def if_drawn(self) -> "Chance | None":
         """Itself if the streams have moved on since."""
-        stayed = all(map(torch.equal, self._states, self._read())) and self._others == self._read_others()
-        return None if stayed else self
+        others = [*map(_state_of, self._own.others)]
+        return None if self._others == others and all(map(torch.equal, self._states, self._read())) else self
 
     def restore(self) -> None:
         """Put the streams back."""
@@ -42,19 +42,12 @@ class Chance:
             torch.cuda.set_rng_state(state, device)
         for generator, state in zip(self._own.of_torch, of_torch, strict=True):
             generator.set_state(state)
-        (of_python, of_numpy), *others = self._others
-        for generator, state in zip(self._own.others, others, strict=True):
+        for generator, state in zip(self._own.others, self._others, strict=True):
             _write(generator, state)
-        random.setstate(of_python)
-        if of_numpy is not None:
-            sys.modules["numpy"].random.set_state(_unpacked(of_numpy))
 
     def _read(self) -> list[Tensor]:
         own = [generator.get_state() for generator in self._own.of_torch]
         return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices), *own]
-
-    def _read_others(self) -> list[Any]:
-        return [_other_streams(), *map(_state_of, self._own.others)]
 
 
 @contextmanager
@@ -68,11 +61,11 @@ def streams_left_alone(model: nn.Module) -> Iterator[None]:
 
 
 class Generators(NamedTuple):
-    """What the modules of a model draw from, besides the streams of the process.
+    """What a model may draw from, besides torch's streams of the process.
 
     Attributes:
-        of_torch: Of torch.
-        others: Of Python and of numpy.
+        of_torch: Of torch, those that modules hold.
+        others: Of Python and of numpy: those of the process, which their modules stand for, and those that are held.
     """
 
     of_torch: list[torch.Generator]
@@ -87,8 +80,9 @@ def _generators(model: nn.Module) -> Generators:
             # What is made in the first pass is None until then.
             names = _KNOWN[module] = [name for name, value in vars(module).items() if value is None or _draws(value)]
         held |= dict.fromkeys(value for name in names if _draws(value := vars(module).get(name)))
-    own = [one for one in held if isinstance(one, torch.Generator)]
-    return Generators(own, [one for one in held if not isinstance(one, torch.Generator)])
+    of_torch = [one for one in held if isinstance(one, torch.Generator)]
+    of_process = [random, *([numpy.random] if (numpy := sys.modules.get("numpy")) else [])]
+    return Generators(of_torch, [*of_process, *(one for one in held if not isinstance(one, torch.Generator))])
 
 
 def _draws(value: object) -> bool:
@@ -98,20 +92,20 @@ def _draws(value: object) -> bool:
     return numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState)
 
 
-def _state_of(generator: Any) -> bytes:
-    # Numpy's may hold arrays, which cannot be compared as they are.
-    if isinstance(generator, random.Random):
-        return pickle.dumps(generator.getstate())
-    return pickle.dumps(generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state())
+def _state_of(stream: Any) -> Any:
+    """Of one of Python's or of numpy's; these hold arrays, which cannot be compared as they are."""
+    if hasattr(stream, "getstate"):
+        return stream.getstate()
+    return pickle.dumps(stream.get_state() if hasattr(stream, "get_state") else stream.bit_generator.state)
 
 
-def _write(generator: Any, state: bytes) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(pickle.loads(state))
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = pickle.loads(state)
+def _write(stream: Any, state: Any) -> None:
+    if hasattr(stream, "setstate"):
+        stream.setstate(state)
+    elif hasattr(stream, "set_state"):
+        stream.set_state(pickle.loads(state))
     else:
-        generator.set_state(pickle.loads(state))
+        stream.bit_generator.state = pickle.loads(state)
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:
@@ -120,17 +114,3 @@ def _accelerators(model: nn.Module) -> list[torch.device]:
         return []
     here = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
     return sorted(here, key=str)
-
-
-def _other_streams() -> tuple[Any, tuple[Any, ...] | None]:
-    """The global ones of Python and of numpy; None if nobody has imported that."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return random.getstate(), None
-    kind, keys, *rest = numpy.random.get_state()
-    return random.getstate(), (kind, keys.tobytes(), *rest)
-
-
-def _unpacked(state: tuple[Any, ...]) -> tuple[Any, ...]:
-    kind, keys, *rest = state
-    return (kind, sys.modules["numpy"].frombuffer(keys, dtype="uint32"), *rest)
