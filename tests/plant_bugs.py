@@ -381,7 +381,7 @@ BUGS = {
     "few data given up for draws": Bug("rerun.py", "    if forward.chance is not None:  # fewer data", "    if False:  # fewer data", "test_rerun.py"),
     "half a record left": Bug("experiments/runfolder.py", "                file.truncate(length)\n", "", "experiments/test_runfolder_faults.py"),
     "statistics of few data asked for the multiplier": Bug("multiplier.py", "return some if self._is_trusted or self.ranks.all(not some.has_other_statistics) else self.of_all()", "return some", STATISTICS),
-    "a multiplier trusted for good": Bug("multiplier.py", "if is_certain or (self._is_trusted and not trust.refutes(self.promised, change)):", "if is_certain or self._is_trusted:", STATISTICS),
+    "a multiplier trusted for good": Bug("multiplier.py", "if is_certain or (self._is_trusted and not trust.refutes(self.promised, change)):", "if is_certain or self._is_trusted:", MULTIPLIER),
     "statistics of an undone step kept": Bug("optimizer.py", "            self._statistics.restore()\n", "            pass\n", STATISTICS),
     "checkpointed parts counted in statistics": Bug("capture.py", "with statistics_left_alone(self._model):", "if True:", STATISTICS),
     "statistics moved by a look": Bug("blocks.py", "        stack.enter_context(statistics_left_alone(model))\n", "", STATISTICS),
