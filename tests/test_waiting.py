@@ -64,6 +64,7 @@ def test_another_networks_output_is_not_taken_for_an_equal_one() -> None:
     models = [network(seed) for seed in (1, 2)]
     for model in models:
         nn.init.zeros_(model[-1].weight)
+        nn.init.zeros_(model[-1].bias)
     ours = natgrad.Preconditioner(models[0], WEIGHTED)
     outputs = [model(inputs()) for model in models]
     sum((WEIGHTED(output, labels()) for output in outputs[::-1]), torch.zeros(())).backward()
@@ -104,12 +105,23 @@ def test_more_passes_that_are_only_evaluated_are_told_nothing_of() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_criterion_may_be_checkpointed(reentrant: bool) -> None:
-    """Its input is a copy then, that no graph leads to."""
     model = network()
     preconditioner = natgrad.Preconditioner(model, WEIGHTED)
     checkpoint(WEIGHTED, model(inputs()), labels(), use_reentrant=reentrant).backward()
     preconditioner.step()
     assert all(G.any() for _, G in preconditioner.factors().values())
+
+
+def test_a_criterion_that_sees_a_copy_whose_gradient_the_loop_hands_on_is_told_of() -> None:
+    """No graph leads from it to the model, and G would be zero."""
+    model = network()
+    preconditioner = natgrad.Preconditioner(model, WEIGHTED)
+    output = model(inputs())
+    copy = output.detach().requires_grad_()
+    WEIGHTED(copy, labels()).backward()
+    output.backward(copy.grad)
+    with pytest.raises(RuntimeError, match="was not called with the model's output"):
+        preconditioner.step()
 
 
 @pytest.mark.parametrize("criterion", [WEIGHTED, nn.CrossEntropyLoss()], ids=["weighted", "plain"])
