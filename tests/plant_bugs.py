@@ -148,7 +148,7 @@ BUGS = {
     "noise measured with every few rows": Bug("capture.py", "if self.sampling and self.whole:", "if self.sampling:", "test_few_rows.py"),
     "a given number averaged away": Bug("optimizer.py", "self.preconditioner.may_average = lr == momentum == \"auto\"", "self.preconditioner.may_average = True", RATES),
     "denormal products": Bug("layers/moments.py", "without_denormal_products(at_least_float32(rows))", "at_least_float32(rows)", "test_factors.py"),
-    "a parabola believed at the end of a long step": Bug("trust.py", " and _refuted(promised, in_fact())", "", TRUST),
+    "a parabola believed at the end of a long step": Bug("trust.py", " and self.refutes(promised, in_fact())", "", TRUST),
     "the change of another step": Bug("multiplier.py", "        return self.local.change({name: -s for name, s in step.items()})", "        return Change(*[-part for part in self.local.change(step)])", "test_look_back.py"),
     "more data for a loss that is not quadratic": Bug("trust.py", "if halvings and doubtful and", "if halvings and", TRUST),
     "data of the model that never grow": Bug("trust.py", "self.more * MORE if", "self.more if", TRUST),

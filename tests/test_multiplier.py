@@ -365,38 +365,31 @@ def a_pass() -> Forward:
     return Forward((), {}, torch.zeros(3, 1), [])
 
 
-class Line:
-    """A loss that is linear in the output has risen; as a local model tells it."""
+class Told:
+    """A local model that tells the same change of every step."""
 
     multiplier = scaler = 1.0
     has_other_statistics = False
 
+    def __init__(self, slope: float, bend: float) -> None:
+        self._change = Change(slope, bend)
+
     def change(self, step: object) -> Change:
-        return Change(-2.0, 0.0)
+        return self._change
 
 
 def test_a_loss_that_does_not_bend_tells_no_multiplier() -> None:
     """It was divided by its bend, and s became 10³⁷."""
     state: dict[str, Any] = {"promise": torch.tensor([-1.0, 0.0, 1.0, 0.0])}
-    multiplier = LossMultiplier(state, lambda **_: Line(), a_pass(), Gaussian(), 3.0)  # type: ignore[arg-type, return-value]
+    multiplier = LossMultiplier(state, lambda **_: Told(-2.0, 0.0), a_pass(), Gaussian(), 3.0)  # type: ignore[arg-type, return-value]
     multiplier.accepts({})
     assert multiplier.loss == 1.0
-
-
-class Steep:
-    """A loss that has risen far along a step that looked right; seen back from there."""
-
-    multiplier = scaler = 1.0
-    has_other_statistics = False
-
-    def change(self, step: object) -> Change:
-        return Change(-10.0, 2.0)
 
 
 def test_a_multiplier_that_was_trusted_is_looked_at_again_where_a_step_is_refuted() -> None:
     """One step that told nothing had made it trusted for good, and each that followed was too long and undone."""
     state: dict[str, Any] = {"promise": torch.tensor([-1.0, 1.0, 1.0, 1.0])}
-    multiplier = LossMultiplier(state, lambda **_: Steep(), a_pass(), Gaussian(), 3.0)  # type: ignore[arg-type, return-value]
+    multiplier = LossMultiplier(state, lambda **_: Told(-10.0, 2.0), a_pass(), Gaussian(), 3.0)  # type: ignore[arg-type, return-value]
     assert not multiplier.accepts({})
     assert multiplier.loss == pytest.approx((10 + 1) / 2)
     assert multiplier.promised == -0.5

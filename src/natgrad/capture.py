@@ -30,15 +30,7 @@ from natgrad.chance import Chance
 from natgrad.distributed import World
 from natgrad.forward import Ear, Forward, versions
 from natgrad.joint import differing_lengths
-from natgrad.layers import (
-    Bases,
-    Layer,
-    Sharing,
-    at_least_float32,
-    statistics_left_alone,
-    uncompiled,
-    unwrap,
-)
+from natgrad.layers import Bases, Layer, Sharing, at_least_float32, statistics_left_alone, uncompiled, unwrap
 from natgrad.losses import Loss, Weights
 from natgrad.outputs import Origin, Selection, View, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
@@ -285,8 +277,9 @@ class Capture:
         """What the training loop multiplies the loss by arrives as the gradient of its value."""
         if not (self.attached and value.requires_grad):
             return
+        seen, _ = given(args, kwargs)
         for forward in (batch.latest for batch in self.ahead):
-            if forward is not None and forward.is_input(given(args, kwargs)[0]):
+            if forward is not None and forward.is_input(seen):
                 value.register_hook(forward.add_multiplier)
 
     def _without_loss(

@@ -347,16 +347,15 @@ class LossMultiplier:
 
     def error(self) -> float:
         """Mean squared gradient at the output, of the declared loss's criterion."""
-        assert self.forward.gradient is not None
         R = self.likelihood.scale(self.terms)
-        size = self._size / (R * self.loss * self.scaler)
-        return float(self.ranks.mean([size**2 / self.forward.gradient.numel()]))
+        return self._squared / (R * self.loss * self.scaler) ** 2
 
     @cached_property
-    def _size(self) -> float:
-        """Length of the gradient at the output."""
+    def _squared(self) -> float:
+        """Mean square of the gradient at the output, which every rank is asked for but once a step."""
         assert self.forward.gradient is not None
-        return float(torch.linalg.vector_norm(self.forward.gradient))
+        size = float(torch.linalg.vector_norm(self.forward.gradient))
+        return float(self.ranks.mean([size**2 / self.forward.gradient.numel()]))
 
     def _set(self, loss: float, scaler: float) -> None:
         self._multiplier = Multiplier(loss, scaler)

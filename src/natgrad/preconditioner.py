@@ -309,8 +309,10 @@ class Preconditioner:
         state, there = self._state(layer), [gradient(p) for p in layer.parameters]
         if "A" not in state or all(g is None for g in there):
             return None
-        zeros = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in layer.parameters if gradient(p) is None]
-        gradients = [zeros.pop(0) if g is None else g for g in there]
+        gradients = [
+            torch.zeros(p.shape, dtype=p.dtype, device=p.device) if g is None else g
+            for p, g in zip(layer.parameters, there, strict=True)
+        ]
         return layer.to_matrix(gradients).to(state["A"].dtype)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:

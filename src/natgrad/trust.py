@@ -146,17 +146,17 @@ class Trust:
             in_fact: Evaluates it, where the model refutes the step.
         """
         if promised < 0:
-            refuted = _refuted(promised, change) and _refuted(promised, in_fact())
+            refuted = self.refutes(promised, change) and self.refutes(promised, in_fact())
             self._heed(BACK if refuted else FORTH)
         return self.caution
 
     def refutes(self, promised: float, change: float) -> bool:
-        """Whether the next batch refutes a step."""
-        return _refuted(promised, change)
+        """Whether the loss of the next batch rose by too much."""
+        return change > -REFUTED * promised > 0
 
     def lets_stand(self, promised: float, change: float) -> bool:
         """Whether a step is left as it was; those to come are more cautious where it is to be undone."""
-        refuted = _refuted(promised, change)
+        refuted = self.refutes(promised, change)
         if refuted:
             self._heed(BACK)
         return not refuted
@@ -196,8 +196,3 @@ class Trust:
     def _is_known(self) -> bool:
         """Whether a step was looked back at."""
         return self._evidence.confirmed >= 0
-
-
-def _refuted(promised: float, change: float) -> bool:
-    """Whether the loss of the next batch rose by too much."""
-    return change > -REFUTED * promised > 0
