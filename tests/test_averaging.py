@@ -247,7 +247,7 @@ def test_slopes_that_noise_explains_are_no_evidence() -> None:
     again = after.next(pace=2.0)
     assert (again.factor, again.least) == (SHRINK, 2.0 / RISE)
     assert again[:3] == (0.0, 0.0, 0.0)
-    assert again[6:] == (0.0, 0.0)
+    assert again[6:] == (0.0, 0.0, 0.0)
 
 
 def test_entries_that_are_next_to_nothing_become_nothing() -> None:

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -300,27 +299,36 @@ def test_an_error_that_explodes_makes_steps_refutable(monkeypatch: pytest.Monkey
 
 
 def test_errors_are_compared_with_the_window_before() -> None:
-    pace = Pace({"progress": torch.tensor(Progress(before=2.0))})
+    pace = Pace({"progress": torch.tensor(Progress(before=2.0)), "step": torch.zeros(())})
     assert not pace.has_lost(19.0)
     assert pace.has_lost(21.0)
+    for error in (21.0, 21.0, 21.0, 201.0):
+        assert not pace.diverges(201.0)
+        pace.note(error, 0.0)
     assert not pace.diverges(199.0)
     assert pace.diverges(201.0)
+    pace.note(19.0, 0.0)  # the others were those of outliers
+    assert not pace.diverges(201.0)
     first = Pace({"progress": torch.tensor(Progress())})
     assert not first.has_lost(1e9)
     assert not first.diverges(1e9)
 
 
-def test_an_error_a_hundred_times_as_large_is_told_of() -> None:
+def test_an_error_that_grows_a_hundredfold_is_told_of() -> None:
     rates._tell_of_divergence.cache_clear()
-    optimizer, data = natgrad.KFAC(network(), "mse"), noise("mse", 32)
+    optimizer, data, numbers = natgrad.KFAC(network(), "mse"), noise("mse", 32), list[int]()
     for _ in range(60):
         backward(optimizer, "mse", *next(data))
         optimizer.step()
-    for told in (pytest.warns(RuntimeWarning, match="more than ten times as long as it was"), nullcontext()):  # once
-        x, y = next(data)
-        backward(optimizer, "mse", x, 30.0 * y)
-        with told:
+    with warnings.catch_warnings(record=True, action="always") as told:
+        for growth in range(16):
+            x, y = next(data)
+            backward(optimizer, "mse", x, 3.0**growth * y)
             optimizer.step()
+            numbers.append(len(told))
+    assert numbers[:4] == [0, 0, 0, 0]
+    assert numbers[-1] == 1
+    assert "more than ten times as long as it was" in str(told[0].message)
 
 
 @pytest.mark.parametrize("interrupted", [3, 4])

@@ -48,8 +48,9 @@ WINDOW, SHORTEST_WINDOW = 0.25, 8
 # Error must fall by this share from one window to the next, or f by SHRINK, unless the loss still falls where steps end
 # by CERTAIN standard deviations; f grows where more than PERSISTENT of the slope persists on average.
 GAIN, SHRINK, CERTAIN, PERSISTENT = 0.002, 0.7, 1.0, 0.3
-# A squared gradient at the output this many times what it was in the window before says that training diverges.
-LOST = 10.0
+# Squared gradients at the output this many times what they were in the window before say that training diverges, if
+# they are so in a row.
+LOST, IN_A_ROW = 10.0, 4
 # So often entries that are next to nothing are set to it: before the next time they do not become much less.
 FLUSHED = 64
 # No pace is below this, as where the outputs do not change.
@@ -146,6 +147,7 @@ class Progress(NamedTuple):
         least: The least pace in the window.
         slopes: Sum of the slopes of the loss at the end of steps.
         squares: Sum of their squares.
+        lost: Number of the latest batches in a row whose error was above LOST times that of the window before.
     """
 
     steps: float = 0.0
@@ -156,6 +158,7 @@ class Progress(NamedTuple):
     least: float = 0.0
     slopes: float = 0.0
     squares: float = 0.0
+    lost: float = 0.0
 
     def note(self, error: float, slope: float, expected: float) -> "Progress":
         """With a batch more.
@@ -172,7 +175,12 @@ class Progress(NamedTuple):
             persisted=self.persisted + persists,
             slopes=self.slopes + slope,
             squares=self.squares + slope**2,
+            lost=self.lost + 1 if self.is_lost(error) else 0.0,
         )
+
+    def is_lost(self, error: float) -> bool:
+        """Whether an error is so much above that of the window before that no noise is that large."""
+        return error > LOST * self.before > 0
 
     def next(self, pace: float) -> "Progress":
         """The window after this one, which is over."""
@@ -222,11 +230,11 @@ class Pace:
 
     def has_lost(self, error: float) -> bool:
         """Whether the error is so much above what it was that no noise is that large, and steps may be refuted."""
-        return error > LOST * self._progress.before > 0
+        return self._progress.is_lost(error)
 
     def diverges(self, error: float) -> bool:
-        """Whether it is above even that by as much again."""
-        return error > LOST**2 * self._progress.before > 0
+        """Whether it is above even that by as much again, and lost several times in a row; outliers are not."""
+        return self._progress.lost >= IN_A_ROW and error > LOST**2 * self._progress.before > 0
 
     @property
     def ratio(self) -> float:
