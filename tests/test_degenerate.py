@@ -213,7 +213,7 @@ def test_a_given_rate_takes_no_step_without_end_nor_does_what_has_no_layer(momen
     for seed in range(6):
         model, x, y = overflowing(seed, 1e5)
         model = nn.Sequential(*model, nn.PReLU(4))
-        optimizer = natgrad.KFAC(model, "cross_entropy", lr=1e-6, momentum=momentum)
+        optimizer = natgrad.KFAC(model, "cross_entropy", lr=1e-6, momentum=momentum, damping=(1.0, 0.0))
         for step in range(10):
             some = torch.arange(128 * step, 128 * (step + 1)) % len(x)
             optimizer.zero_grad()

@@ -68,6 +68,24 @@ def test_the_hessian_is_that_of_the_sum() -> None:
     assert relative_error(R * torch.block_diag(*per_datum), expected) < 1e-12
 
 
+def test_each_head_is_smoothed_by_its_own_number_of_criteria() -> None:
+    likelihood, f = joined(several())
+    smoothed = likelihood.smoothed(f, 2)
+    v = torch.randn(f.shape, generator=torch.Generator().manual_seed(3))
+    heads = zip(likelihood.parts.values(), likelihood.split(f), likelihood.split(v), strict=True)
+    assert [1 / part.likelihood.smoothing for part in smoothed.parts.values()] == pytest.approx(
+        [1 + 2 * n for n in (2 * DATA, DATA, 4 * DATA)]
+    )
+    R = likelihood.scale(likelihood.terms(f))
+    expected = []
+    for part, head, vector in heads:
+        own = part.likelihood.smoothed(head, 2)
+        expected.append(part.weight * own.scale(own.terms(head)) * own.hessian_product(head, vector))
+    products = likelihood.split(R * smoothed.hessian_product(f, v))
+    assert all(torch.allclose(*pair, atol=1e-12) for pair in zip(products, expected, strict=True))
+    assert [part.likelihood.smoothing for part in likelihood.parts.values()] == [0, 0, 0]
+
+
 def test_second_moment_of_the_samples_is_the_hessian() -> None:
     """Also catches one draw for two heads."""
     likelihood, one = joined({key: head[:1] for key, head in several().items()})
@@ -395,7 +413,8 @@ def test_it_is_told_by_its_name() -> None:
     assert told == "Joint('a': 0.5 * Gaussian(reduction='mean'), 1: 1 * Poisson(reduction='mean'))"
 
 
-def test_micro_batches_may_have_other_shapes() -> None:
+@pytest.mark.parametrize("damping", ["auto", 0.1])
+def test_micro_batches_may_have_other_shapes(damping: Any) -> None:
     """The largest tells how far to go, whichever came last; catches heads that are cut as the latest were."""
 
     class Positions(nn.Module):
@@ -410,7 +429,7 @@ def test_micro_batches_may_have_other_shapes() -> None:
     for order in (1, -1):
         torch.manual_seed(0)
         model = Positions()
-        optimizer = natgrad.KFAC(model, {"class": "cross_entropy", "size": "mse"}, fisher="exact")
+        optimizer = natgrad.KFAC(model, {"class": "cross_entropy", "size": "mse"}, fisher="exact", damping=damping)
         for _ in range(3):
             optimizer.zero_grad()
             for data, positions in [(40, 10), (30, 12)][::order]:

@@ -188,6 +188,77 @@ def test_outputs_that_are_not_finite_do_not_raise(kind: type[Likelihood], bad: f
         assert not draws[1].isfinite().any()
 
 
+# The curvature of what data cannot tell from certainty.
+
+
+def additional(p: Tensor, number: int, uniform: float) -> Tensor:
+    return (number * p + uniform) / (number + 1)
+
+
+SMOOTHED: dict[str, tuple[Likelihood, Likelihood, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "classes": (Categorical(), Categorical(), lambda f: f.softmax(1), torch.log),
+    "log-probabilities": (LogCategorical(), LogCategorical(), lambda f: f.softmax(1), torch.log),
+    "binary": (Bernoulli(), Bernoulli(), torch.sigmoid, torch.logit),
+    "counts": (Poisson(), Poisson(), torch.exp, torch.log),
+}
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("likelihood", "same", "mean", "link"), SMOOTHED.values(), ids=SMOOTHED.keys())
+def test_smoothed_curvature_is_that_of_one_more_observation(
+    likelihood: Likelihood,
+    same: Likelihood,
+    mean: Callable[[Tensor], Tensor],
+    link: Callable[[Tensor], Tensor],
+    parts: int,
+) -> None:
+    """At other outputs, too: it depends on those that it was made for by their number only."""
+    outputs = logits((2, 3, 2))
+    K = 3 if isinstance(likelihood, Categorical) else 2
+    number = parts * (4 if K == 3 else 12)
+    smoothed, v = likelihood.smoothed(outputs, parts), logits((2, 3, 2), seed=2)
+    for f in (outputs, logits((2, 3, 2), seed=1)):
+        at = link(additional(mean(f), number, 1 / K))
+        assert relative_error(smoothed.hessian_product(f, v), same.hessian_product(at, v)) < 1e-12
+        for one, other in zip(smoothed.columns(f), same.columns(at), strict=True):
+            assert torch.allclose(one, other, atol=1e-12)
+        draws = [k.sample(x, torch.Generator().manual_seed(0)) for k, x in ((smoothed, f), (same, at))]
+        assert torch.allclose(*draws, atol=1e-12)
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Poisson(), Gaussian()])
+def test_what_a_step_does_is_not_smoothed(likelihood: Likelihood) -> None:
+    f, moved = logits((2, 3)), logits((2, 3), seed=1)
+    smoothed = likelihood.smoothed(f)
+    assert torch.equal(smoothed.divergence(f, moved), likelihood.divergence(f, moved))
+    assert torch.equal(smoothed.gradient_change(f, moved), likelihood.gradient_change(f, moved))
+    assert torch.equal(smoothed.remainder(f, moved, f), likelihood.remainder(f, moved, f))
+
+
+def test_what_is_no_probability_is_not_smoothed() -> None:
+    f, v = output_for(MeanVariance, (2, 2)), logits((2, 2))
+    for likelihood in (Gaussian(), MeanVariance(), Poisson(log_input=False)):
+        smoothed = likelihood.smoothed(f)
+        assert torch.equal(smoothed.hessian_product(f, v), likelihood.hessian_product(f, v))
+        draws = [one.sample(f, torch.Generator().manual_seed(0)) for one in (smoothed, likelihood)]
+        assert torch.equal(*draws)
+
+
+def test_where_a_model_is_certain_and_wrong_there_is_curvature() -> None:
+    f = torch.tensor([[2000.0, 0.0], [0.0, 0.0]])
+    assert not Categorical().hessian_product(f, torch.eye(2))[0].any()
+    assert Categorical().smoothed(f).hessian_product(f, torch.eye(2))[0, 0] == pytest.approx(5 / 36)
+
+
+def test_log_probabilities_that_were_called_keep_the_smoothing() -> None:
+    f = logits((4, 3)).log_softmax(1)
+    smoothed = Categorical("sum").smoothed(f)
+    called = smoothed.as_called(f, -torch.eye(3)[[0, 1, 2, 0]])
+    assert isinstance(called, LogCategorical)
+    assert (called.reduction, called.smoothing) == ("sum", smoothed.smoothing)
+    assert smoothed.smoothing == 0.2
+
+
 # What a step at the output does to the criterion.
 
 

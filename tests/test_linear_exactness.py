@@ -235,11 +235,10 @@ class InjectedNoise(Gaussian):
 
     def __init__(self, noise: Tensor) -> None:
         super().__init__(reduction="batchmean")
-        self.noise, self.dealt = noise, 0
+        self.noise = iter(noise)
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        self.dealt += len(output)
-        return self.noise[self.dealt - len(output) : self.dealt]
+        return torch.stack([next(self.noise) for _ in output])
 
 
 # What capture must not depend on, and must not change.

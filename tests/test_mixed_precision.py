@@ -114,7 +114,8 @@ def test_a_batch_thrown_away_after_the_next_forward_pass_does_not_count() -> Non
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 def test_accumulated_batches_all_count(fisher: str) -> None:
     """The rule that drops statistics without a gradient must not drop those whose gradient is still there."""
-    whole, parts = (natgrad.KFAC(classifier(), "cross_entropy", fisher=fisher, batch_fraction=1.0) for _ in range(2))
+    options = {"fisher": fisher, "batch_fraction": 1.0, "damping": (0.1, 0.1)}
+    whole, parts = (natgrad.KFAC(classifier(), "cross_entropy", **options) for _ in range(2))
     for seed in range(3):
         x, y = data(seed)
         for optimizer, pieces in ((whole, 1), (parts, 4)):

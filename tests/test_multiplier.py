@@ -16,7 +16,7 @@ from kfac_cases import assert_same, values
 from kfac_cases import network as with_adamw
 from natgrad import local_model, multiplier
 from natgrad.forward import Forward
-from natgrad.likelihoods import Gaussian
+from natgrad.likelihoods import Categorical, Gaussian
 from natgrad.local_model import Change
 from natgrad.multiplier import EVERY, LossMultiplier
 from natgrad.quadratic import HALVINGS
@@ -371,11 +371,14 @@ class Told:
     multiplier = scaler = 1.0
     has_other_statistics = False
 
-    def __init__(self, slope: float, bend: float) -> None:
-        self._change = Change(slope, bend)
+    def __init__(self, slope: float, bend: float, error: float = 0.0) -> None:
+        self._change, self._error = Change(slope, bend), error
 
     def change(self, step: object) -> Change:
         return self._change
+
+    def error(self, step: object, least: float) -> float:
+        return self._error
 
 
 def test_a_loss_that_does_not_bend_tells_no_multiplier() -> None:
@@ -393,3 +396,50 @@ def test_a_multiplier_that_was_trusted_is_looked_at_again_where_a_step_is_refute
     assert not multiplier.accepts({})
     assert multiplier.loss == pytest.approx((10 + 1) / 2)
     assert multiplier.promised == -0.5
+
+
+@pytest.mark.parametrize(("bend", "stands"), [(0.5, True), (1.5, False), (8.0, False)])
+def test_a_step_that_a_batch_was_against_from_the_start_is_not_undone(bend: float, stands: bool) -> None:
+    """Batches with an event that is rare were: each undid the step before, and its own gradient was thrown away."""
+    state: dict[str, Any] = {"promise": torch.tensor([-1.0, 1.0, 1.0, 1.0])}
+    multiplier = LossMultiplier(state, lambda **_: Told(-5.0, bend), a_pass(), Categorical(), 3.0)  # type: ignore[arg-type, return-value]
+    multiplier.bound = 1.0, True
+    assert multiplier.accepts({}) is stands
+    assert Trust(state).caution == (1.0 if stands else 0.25)
+
+
+@pytest.mark.parametrize(("error", "found"), [(15.9, True), (16.1, False)])
+def test_an_outlier_is_no_multiplier(error: float, found: bool) -> None:
+    """Each made s larger where targets were mostly zero, up to 10⁸, until nothing moved."""
+    for trusted in (0.0, 1.0):
+        state: dict[str, Any] = {"promise": torch.tensor([-1.0, 1.0, 1.0, trusted])}
+        multiplier = LossMultiplier(state, lambda **_: Told(-10.0, 2.0, error), a_pass(), Gaussian(), 3.0)  # type: ignore[arg-type, return-value]
+        multiplier.accepts({})
+        assert multiplier.loss == pytest.approx((10 + 1) / 2 if found else 1.0)
+        assert float(state["promise"][3]) == (0.0 if found else trusted)  # of an outlier nothing is learnt
+
+
+@pytest.mark.parametrize(("s", "least"), [(100.0, 3.0), (1.0, 0.1), (1.0, 3.0)])
+def test_the_error_before_a_step_is_that_of_the_loss(s: float, least: float) -> None:
+    """Of s times the loss, if the step went far, so that s can be told; and of one that is not allowed, larger."""
+    torch.manual_seed(0)
+    model, x, y = network(), random(12, 3), random(12, 2, seed=1)
+    optimizer, errors = natgrad.KFAC(model, "mse"), []
+    step = {name: 1e3 * random(*p.shape, seed=3) for name, p in model.named_parameters()}
+    before = (model(x) - y).square().mean().item()
+
+    def stands(_: natgrad.KFAC, multiplier: LossMultiplier, finite: bool) -> bool:
+        errors.append(multiplier.local.error({name: -v for name, v in step.items()}, least))
+        return True
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += step[name]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(natgrad.KFAC, "_stands", stands)
+        (s * mse_loss(model(x), y)).backward()
+        optimizer.step()
+    if s < least:
+        assert errors[0] > 1e6 * before
+    else:
+        assert errors == [pytest.approx(s**2 * before, rel=0.01)]

@@ -31,6 +31,7 @@ from natgrad.distributed import World
 from natgrad.forward import Ear, Forward, versions
 from natgrad.joint import differing_lengths
 from natgrad.layers import Bases, Layer, Sharing, at_least_float32, statistics_left_alone, uncompiled, unwrap
+from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
 from natgrad.outputs import Origin, Selection, View, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
@@ -80,7 +81,9 @@ class Capture:
     ) -> None:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.view, self.seed = batch_fraction, View(output, loss), seed
-        self.world, self.sampling = world or World(), False  # whether gradients of the user's loss are kept as well
+        self.world = world or World()
+        # Whether gradients of the user's loss are kept as well, and curvature is smoothed, see `Likelihood.smoothed`.
+        self.sampling, self.parts = False, float(self.world.size)
         self.attached = self.whole = True
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
         self.step = self._forward_seed = 0
@@ -303,6 +306,8 @@ class Capture:
 
     def _gather(self, forward: Forward, origins: Sequence[Origin]) -> None:
         batch = Batch(self.loss, self.fisher)
+        if self.sampling and forward.likelihood is not None:
+            forward.likelihood = forward.likelihood.smoothed(forward.output.detach(), self.parts)
         if (part := self._part(forward)).uses:
             # The user's autocast would round the products of rows to half precision.
             with torch.no_grad(), full_precision(forward.output.device.type):
@@ -310,7 +315,7 @@ class Capture:
                     batch.add_inputs(use, self.sharing)
                 if self.fisher in ("mc", "exact"):
                     with statistics_left_alone(self._model):  # of what is checkpointed, and runs again
-                        self._backpropagate(part, batch)
+                        self._backpropagate(part, forward.likelihood, batch)
             if self.sampling and self.whole:
                 for use in forward.uses:
                     if use[0].rows in (forward.data, *forward.lengths):
@@ -351,12 +356,12 @@ class Capture:
         whole = self.sampling or self.bases is not None
         return group(calls, lambda owner: whole or self.sharing[owner.name] == "reduce")
 
-    def _backpropagate(self, forward: Forward, batch: Batch) -> None:
+    def _backpropagate(self, forward: Forward, likelihood: Likelihood | None, batch: Batch) -> None:
         calls = [call for use in forward.uses for call in use]
         edges = [call.edge for call in calls if call.edge is not None]
-        assert self.loss.likelihood is not None
+        assert likelihood is not None
         samples = None if self.fisher == "exact" else self.mc_samples
-        for vector, weight in vectors(forward, self.loss.likelihood, samples, self._draw()):
+        for vector, weight in vectors(forward, likelihood, samples, self._draw()):
             grads = torch.autograd.grad(
                 forward.output, edges, vector.to(forward.output.dtype), retain_graph=True, allow_unused=True
             )

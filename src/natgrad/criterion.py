@@ -5,6 +5,7 @@ A loss is ``R · Σ c``: a criterion ``c`` summed over the data and scaled by th
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from copy import copy
 from typing import Literal, get_args
 
 import torch
@@ -27,9 +28,11 @@ class Likelihood(ABC):
 
     Attributes:
         of_labels: Whether targets can only be labels, at each of which ∇c has the size that ``reach`` tells.
+        smoothing: Share of the uniform distribution in the probabilities that ∇²c is made of; see ``smoothed``.
     """
 
     of_labels = False
+    smoothing = 0.0
 
     def __init__(self, reduction: Reduction = "mean") -> None:
         if reduction not in get_args(Reduction):
@@ -50,6 +53,21 @@ class Likelihood(ABC):
     @abstractmethod
     def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
         """∇²c times ``vector``; both shaped like ``output``."""
+
+    def smoothed(self, output: Tensor, parts: float = 1.0) -> "Likelihood":
+        """The same loss, with the curvature of predictions that are no more certain than data can tell.
+
+        Probabilities p of K classes become (N p + 1/K) / (N + 1): N criteria cannot tell these from p by more than one
+        observation. Where a model is certain, be it wrong, curvature vanishes, and a Newton step has no end. What is no
+        probability stays as it is.
+
+        Args:
+            output: Of a pass.
+            parts: How many times as many data a step has.
+        """
+        smoothed = copy(self)
+        smoothed.smoothing = 1 / (1 + parts * self.criteria(output))
+        return smoothed
 
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """KL divergence from the distribution at ``output`` to that at ``moved``, of each criterion.

@@ -27,7 +27,7 @@ class Poisson(Elementwise):
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """rate − y for the logarithm, 1 − y / rate for the rate, with y drawn from Poisson(rate)."""
-        rate = self._rate(output)
+        rate = self._expected(output)
         drawn = torch.poisson(rate.nan_to_num(nan=0.0).clamp(min=0), generator=generator)
         return rate - drawn if self.log_input else 1 - drawn / rate
 
@@ -54,7 +54,12 @@ class Poisson(Elementwise):
 
     def diagonal(self, output: Tensor) -> Tensor:
         """The rate, or its inverse."""
-        return self._rate(output) if self.log_input else self._rate(output).reciprocal()
+        return self._expected(output) if self.log_input else self._rate(output).reciprocal()
+
+    def _expected(self, output: Tensor) -> Tensor:
+        """The rate, for its logarithm with the half of a count that N data cannot rule out."""
+        rate = self._rate(output)
+        return (1 - self.smoothing) * rate + self.smoothing / 2 if self.smoothing and self.log_input else rate
 
     def _rate(self, output: Tensor) -> Tensor:
         return output.exp() if self.log_input else _held(output, LEAST_RATE)

@@ -11,6 +11,7 @@ weight, the criterion and its scale are
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,13 @@ class Joint(Likelihood):
         numbers = self.lengths or [len(joined)] * len(columns)
         each = zip(columns, numbers, self._shapes, strict=True)
         return [part[:number].reshape(number, *shape) for part, number, shape in each]
+
+    def smoothed(self, output: Tensor, parts: float = 1.0) -> "Joint":
+        """Each head's own."""
+        smoothed = copy(self)
+        each = zip(self.parts.items(), self.split(output), strict=True)
+        smoothed.parts = {key: Part(one.weight, one.likelihood.smoothed(f, parts)) for (key, one), f in each}
+        return smoothed
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """Each head's own draw, times √F."""

@@ -17,8 +17,12 @@ second moment is ∇²c: the Monte Carlo Fisher), the columns of a square root o
 surprising convention: ``columns`` yields one vector per output *entry*, C·T of them for T positions, because positions
 that interact inside the network would mix if their vectors were switched on together.
 
+∇²c vanishes where p is zero or one, though N data cannot tell that. ``smoothed`` is the same loss with ∇²c at
+p̃ = (N p + 1/K) / (N + 1) for K classes; where steps are automatic, the factors and the quadratic model are those of it.
+
 Sources: Martens (2020), "New insights and perspectives on the natural gradient method", sections 6, 9; Martens and
-Grosse (2015), arXiv:1503.05671, section 2.
+Grosse (2015), arXiv:1503.05671, section 2; Krichevsky and Trofimov (1981), DOI 10.1109/TIT.1981.1056331, for p̃ with
+K = 2.
 """
 
 import warnings
@@ -29,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from natgrad import criterion
-from natgrad.criterion import Likelihood, Reduction, entries
+from natgrad.criterion import Likelihood, Reduction
 from natgrad.heteroscedastic import MeanVariance, Poisson
 
 __all__ = [
@@ -82,14 +86,17 @@ class Bernoulli(criterion.Elementwise):
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """p − y with y drawn from Bernoulli(p)."""
-        p = torch.sigmoid(output)
+        p = self._probabilities(output)
         # What is not a number must reach the statistics, so that the step is skipped, and not `bernoulli`.
         return p - torch.bernoulli(p.nan_to_num(nan=0.0), generator=generator)
 
     def diagonal(self, output: Tensor) -> Tensor:
         """p(1 − p)."""
-        p = torch.sigmoid(output)
+        p = self._probabilities(output)
         return p * (1 - p)
+
+    def _probabilities(self, output: Tensor) -> Tensor:
+        return _smoothed(torch.sigmoid(output), self.smoothing, 2)
 
     def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
         """p′ − p."""
@@ -127,7 +134,11 @@ class Categorical(Likelihood):
         """That of ``nll_loss``, where it was called with the log-probabilities that the model returns."""
         if not gradient.numel() or (gradient > 0).any() or (gradient != 0).sum(1).amax() != 1:
             return self
-        return LogCategorical(self.reduction) if output.logsumexp(1).abs().amax() < ALIKE else self
+        if output.logsumexp(1).abs().amax() >= ALIKE:
+            return self
+        called = LogCategorical(self.reduction)
+        called.smoothing = self.smoothing
+        return called
 
     def check_gradient(self, gradient: Tensor) -> None:
         """Refuse gradients that sum to zero over another dimension than that of the classes, and tell of others."""
@@ -152,7 +163,7 @@ class Categorical(Likelihood):
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """p − onehot(y) with y drawn from the categorical distribution p."""
-        p = torch.softmax(output, dim=1)
+        p = self._probabilities(output)
         rows = p.movedim(1, -1).reshape(-1, p.shape[1])
         # What is not a number must reach the statistics, so that the step is skipped, and not `multinomial`.
         drawn = torch.multinomial(rows.nan_to_num(nan=1.0), 1, generator=generator)
@@ -161,7 +172,7 @@ class Categorical(Likelihood):
 
     def columns(self, output: Tensor) -> Iterator[Tensor]:
         """√p_k (e_k − p) for class k, at one position of every datum at a time."""
-        p = torch.softmax(output, dim=1).reshape(*output.shape[:2], -1)  # (N, C, T)
+        p = self._probabilities(output).reshape(*output.shape[:2], -1)  # (N, C, T)
         _, classes, positions = p.shape
         for position in range(positions):
             at = p[:, :, position]  # (N, C)
@@ -173,7 +184,7 @@ class Categorical(Likelihood):
 
     def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
         """p ∘ v − p (p · v)."""
-        p = torch.softmax(output, dim=1)
+        p = self._probabilities(output)
         pv = p * vector
         return pv - p * pv.sum(dim=1, keepdim=True)
 
@@ -208,6 +219,14 @@ class Categorical(Likelihood):
         """One per datum and position."""
         return output.numel() // output.shape[1]
 
+    def _probabilities(self, output: Tensor) -> Tensor:
+        return _smoothed(torch.softmax(output, dim=1), self.smoothing, output.shape[1])
+
+
+def _smoothed(p: Tensor, share: float, classes: int) -> Tensor:
+    """Probabilities with a share of the uniform distribution."""
+    return (1 - share) * p + share / classes if share else p
+
 
 def _weights_of_labels(output: Tensor, gradient: Tensor) -> Tensor | None:
     """Over their median, of each criterion; None where they are all alike, or where targets are no labels.
@@ -241,8 +260,8 @@ def _are_alike(weights: Tensor) -> bool:
 class LogCategorical(Categorical):
     """Negative log likelihood of log-probabilities, as torch's ``NLLLoss`` after ``log_softmax``.
 
-    In its input the loss is linear, so the curvature meant is the Fisher matrix, which is that of the cross-entropy of
-    the logits before ``log_softmax``.
+    In its input the loss is linear, so the curvature meant is the Fisher matrix, which is that of the cross-entropy:
+    log-probabilities are logits like any others, as a constant that is added to all of them makes no difference.
     """
 
     of_logits, of_labels = False, True
@@ -257,18 +276,6 @@ class LogCategorical(Categorical):
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """−onehot(y) with y drawn from the categorical distribution."""
-        return super().sample(output, generator) - torch.softmax(output, dim=1)
-
-    def columns(self, output: Tensor) -> Iterator[Tensor]:
-        """√p_k at one entry of every datum at a time."""
-        return entries(torch.softmax(output, dim=1).sqrt())
-
-    def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
-        """p ∘ v."""
-        return torch.softmax(output, dim=1) * vector
 
     def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
         """Zero: in log-probabilities the loss is linear."""

@@ -49,7 +49,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.losses import Weights
 from natgrad.memory import State
 from natgrad.outputs import Selection, rearrangement
-from natgrad.rerun import REFUSALS, in_modes, rerun, stratified, subsample, widened
+from natgrad.rerun import REFUSALS, in_modes, rerun, stratified, subsample, wants_gradients, widened
 
 # The model is evaluated on this share of a batch, but on no fewer data if the batch has them.
 SHARE, MIN_DATA = 1 / 40, 128
@@ -243,7 +243,7 @@ class LocalModel:
         parameters = self._parameters(step)
         self._before = self._known() or self._run(parameters)
         returned, before = self._before
-        returned_after, after = self._run({name: p + step[name].to(p.dtype) for name, p in parameters.items()})
+        returned_after, after = self._run(parameters, step)
         weight = self._weigh(before)
         remainder = weight * self._remainder(before, after)
         users = at_least_float32(self._take(self.forward.output))
@@ -256,16 +256,33 @@ class LocalModel:
         slope, rise, off = self.ranks.mean(torch.stack([linear, remainder.sum(), rounding])).tolist()
         return Change(slope, 2 * rise, off)
 
+    def error(self, step: dict[str, Tensor], least: float) -> float:
+        """Mean square of s ∇c after a step, for the s above ``least`` that makes it smallest.
+
+        Where the step takes back one that was made for a loss s times as large, that is what the error was before it.
+        """
+        parameters = self._parameters(step)
+        (_, before), (_, after) = self._known() or self._run(parameters), self._run(parameters, step)
+        g, change = self._gradient(), self.likelihood.gradient_change(before, after)
+        emphasis = self._emphasis(g)
+        along, square = self.ranks.mean(torch.stack([(emphasis * t).sum() for t in (-g * change, change**2)])).tolist()
+        s = max(along / square, least) if square else least
+        return float(self.ranks.mean(torch.mean(emphasis * (g + s * change).square())))
+
     def _remainder(self, before: Tensor, after: Tensor) -> Tensor:
         """Of each criterion, what the user's gradient at the output leaves of its change."""
         if self.forward.find is not None:  # that gradient is another
             return self.likelihood.divergence(before, after)
+        return self.likelihood.remainder(before, after, self._gradient())
+
+    def _gradient(self) -> Tensor:
+        """∇c of the chosen data, as the user's loss tells."""
         assert self.forward.gradient is not None
         gradient = self._take(self.forward.gradient)
         gradient = gradient / (self.multiplier * self.scaler * self.likelihood.scale(self.total_terms))
         if self.weights is not None:
             gradient = gradient / self.weights.curvature.where(self.weights.curvature != 0, 1.0)
-        return self.likelihood.remainder(before, after, gradient)
+        return gradient
 
     def size_of(self, direction: dict[str, Tensor]) -> float:
         """Length of the parameters that a direction moves."""
@@ -273,8 +290,7 @@ class LocalModel:
 
     def is_finite(self, step: dict[str, Tensor]) -> bool:
         """Whether the output would be finite if the parameters moved by ``step``."""
-        moved = {name: p + step[name].to(p.dtype) for name, p in self._parameters(step).items()}
-        return self.ranks.all(bool(self._run(moved)[1].isfinite().all()))
+        return self.ranks.all(bool(self._run(self._parameters(step), step)[1].isfinite().all()))
 
     def _known(self) -> Outputs | None:
         """The outputs here if they are known, be it from the loop's own pass."""
@@ -310,9 +326,10 @@ class LocalModel:
                 f"a parameter is no longer there, as after pruning ({error}): make a new optimizer for the model."
             ) from error
 
-    def _run(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The tensor whose gradient was noted, and the one that the loss sees."""
-        raw = self._rerun({**self._gathered, **parameters})
+    def _run(self, parameters: dict[str, Tensor], step: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The tensor whose gradient was noted, and the one that the loss sees; after a step, if one is given."""
+        moved = {name: p + step[name].to(p.dtype) for name, p in parameters.items()} if step else parameters
+        raw = self._rerun({**self._gathered, **moved})
         rearrange = self.rearrange.of(self.chosen) if isinstance(self.rearrange, Selection) else self.rearrange
         output = at_least_float32(rearrange(self.select(raw)))
         if self._ruled_out is not None:  # masked logits, whose difference would not be a number
@@ -340,14 +357,14 @@ class LocalModel:
             try:
                 return once_more()
             except RuntimeError as error:
-                if torch.is_grad_enabled() or not _wants_gradients(error):
+                if torch.is_grad_enabled() or not wants_gradients(error):
                     raise
         self._differentiates = True  # an energy, to get forces, or a solution, to get residuals
         with torch.enable_grad():
             try:
                 return once_more()
             except RuntimeError as error:
-                if not _wants_gradients(error):
+                if not wants_gradients(error):
                     raise
             # By its own parameters, as in meta-learning.
             leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in parameters.items()}
@@ -381,8 +398,3 @@ class LocalModel:
         """The chosen data's rows, of a tensor that has one or several for each datum."""
         chosen: Tensor = rows.unflatten(0, (self.forward.data, -1))[self.chosen].flatten(0, 1)
         return chosen
-
-
-def _wants_gradients(error: RuntimeError) -> bool:
-    """Whether a network differentiates itself, or keeps gradients of what is in it, and met none."""
-    return any(text in str(error) for text in ("does not require grad", "can't retain_grad"))

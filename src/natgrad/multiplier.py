@@ -15,13 +15,11 @@ at the output, g_f, which natgrad sees. Three things tell S s:
   holds whatever the network does in between. The first slope was seen by the step's own batch alone, of which the share
   of noise is taken off. A step s ≫ 1 times too long is taken back, once it is seen to be.
 
-S alone is a ratio: gᵀd, of the parameters' gradient, is what g_f · (J d) would be without it. That takes a pass of the
-model, and is looked at where S s has changed by much, and now and then. Clipping makes gᵀd smaller, too, and is none of
-these: it shortens the step.
+S alone (:mod:`natgrad.scaler`) takes a pass of the model, and is looked at where S s has changed by much, and now and
+then.
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
@@ -29,24 +27,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from natgrad.distributed import Ranks
+from natgrad import scaler as scalers
+from natgrad.distributed import Ranks, World
 from natgrad.fingerprint import fingerprint
 from natgrad.forward import Forward
 from natgrad.likelihoods import Likelihood
 from natgrad.local_model import Change, LocalModel
 from natgrad.memory import Kept, State
 from natgrad.quadratic import HALVINGS
+from natgrad.scaler import NOISE
 from natgrad.targets import at_least
 from natgrad.trust import Trust
 from natgrad.undeclared import Undeclared
 
 # A multiplier this close to one is one: its step is as good, and the arithmetic stays as without it.
 CLOSE = 0.05
-# A ratio beyond this says that something was multiplied; within it, that a batch is not the whole data.
-NOISE = 4.0
-# Gradients that were clipped look like those of a scaler. That is a power of two, up to so much in its logarithm, and
-# nothing clips by more than LARGE.
-POWER, LARGE = 0.02, 512.0
 # Along a step, curvature on fresh data above this times the modelled one, or below its inverse, is no overfitting.
 SUSPECT = 3.0
 # Where targets are unbounded, a squared gradient at the output that grew by this much makes the step a suspect.
@@ -55,6 +50,8 @@ GROWTH = 1.5
 SHRINK = 0.1
 # No loss is multiplied by so much; a sum over millions of entries is, by a hundredth.
 IMPLAUSIBLE = 2.0**30
+# The slope along a step is the same at both of its ends if it changes by less than this share.
+UNCHANGED = 0.2
 # What is known of S is looked at again every so many steps.
 EVERY = 16
 
@@ -88,13 +85,25 @@ class Promise(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of the previous pass.
+    """Of the latest pass of the previous step.
 
     Attributes:
         fingerprint: By which they are told from others; NaN without a previous pass.
+        parts: How many times as many data the step had, on all ranks.
     """
 
     fingerprint: float = math.nan
+    parts: float = 1.0
+
+
+def parts(state: State, world: World) -> float:
+    """How many times as many data as in one pass the previous step had; as many as there are ranks, if none is known.
+
+    Args:
+        state: Of the first layer's first parameter.
+        world: The ranks.
+    """
+    return float(state["inputs"][1]) if "inputs" in state else float(world.size)
 
 
 class LossMultiplier:
@@ -195,17 +204,18 @@ class LossMultiplier:
             scaler = 1.0 if self.scaler == 1 else product / loss
         elif product != 1 or (evaluate and not (told or "multiplier" in self.state)):
             real = {name: g for name, g in gradients.items() if not g.is_complex()}
-            scaler = _scaler(_ratio(real, self.local), product / loss, NOISE if told else 1.0)
+            scaler = scalers.told(scalers.ratio(real, self.local), product / loss, NOISE if told else 1.0)
             # Of several passes the latest may well have another share in the gradients than its data have.
             alone = self.forward.terms(self.likelihood) == self.terms
-            if not told and scaler not in (1.0, self.scaler) and scaler < LARGE:
-                scaler = _unless_clipped(_ratio(real, self.of_all())) if alone else 1.0
+            if not told and scaler not in (1.0, self.scaler) and scaler < scalers.LARGE:
+                scaler = scalers.unless_clipped(scalers.ratio(real, self.of_all())) if alone else 1.0
         if told:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
         if evaluate:
-            seen = self._inputs.fingerprint
-            self._inputs = Inputs(float(self.ranks.mean([fingerprint((self.forward.args, self.forward.kwargs))])))
+            seen, own = self._inputs.fingerprint, self.forward.terms(self.likelihood)
+            latest = float(self.ranks.mean([fingerprint((self.forward.args, self.forward.kwargs))]))
+            self._inputs = Inputs(latest, self.ranks.world.size * self.terms / own if own else 1.0)
             self.is_repeated = self._inputs.fingerprint == seen
 
     def in_doubt(self, finite: bool, back: Callable[[], Tensor]) -> bool:
@@ -247,24 +257,48 @@ class LossMultiplier:
             return False
         back = self._back(step)
         is_certain = self.bound[1] or not back.bend  # a loss that is linear in the output tells nothing of s
-        trust, change = Trust(self.state), -back.total
         # Trust by an earlier step may have been a mistake.
-        if is_certain or (self._is_trusted and not trust.refutes(self.promised, change)):
-            return trust.lets_stand(self.promised, change)
+        if is_certain or (self._is_trusted and not Trust(self.state).refutes(self.promised, -back.total)):
+            return self._lets_stand(back)
         # By the slope that its own batch saw at its start: so much of that is noise, and was never there on other data.
         noise = 0.0 if self.is_repeated else self._noise()
         most, least = -back.slope - slope, -back.slope - (1 - noise) * slope
         tiny = torch.finfo(torch.float32).tiny
         low, high = least / max(bend, back.bend, tiny), most / max(min(bend, back.bend), tiny)
-        factor = 1.0
+        factor, tells = 1.0, bend > 0
         if low > SUSPECT and least > abs(slope):
-            factor = low
+            factor = low if (tells := self._explains(step)) else 1.0
         elif high < 1 / SUSPECT and bend > abs(slope) / 2:  # and not just cut short by the check
             factor = max(high, SHRINK)
-        stands = not self._is_trusted or (factor == 1 and trust.lets_stand(self.promised, change))
+        stands = not self._is_trusted or (factor == 1 and self._lets_stand(back))
         self._set(self.loss * factor, self.scaler)
-        self._promise = self._promise._replace(is_trusted=factor == 1 and bend > 0)
+        if tells or factor != 1:
+            self._promise = self._promise._replace(is_trusted=factor == 1)
         return factor <= 1 and stands
+
+    def _explains(self, step: dict[str, Tensor]) -> bool:
+        """Whether a larger s explains the error of fresh data: then it was as that of others before the step.
+
+        Of data with an outlier it is as large at either end of the step.
+
+        Args:
+            step: The previous one, by parameter name.
+        """
+        forward = self.forward
+        if forward.find is not None or forward.weights is not None or forward.terms(self.likelihood) != self.terms:
+            return True  # errors cannot be compared
+        before = self.local.error({name: -s for name, s in step.items()}, SUSPECT)
+        return not before > NOISE**2 * self._promise.error
+
+    def _lets_stand(self, back: Change) -> bool:
+        """Whether a step is left as it was; not if the loss rose by too much, unless that is no matter of its length.
+
+        A batch that was against the step from the start, as one with an event that is rare, has a gradient that is good
+        at either end of it, and is lost if the step is undone.
+        """
+        end = -back.slope
+        was_against = end > 0 and back.bend < UNCHANGED * end
+        return was_against or Trust(self.state).lets_stand(self.promised, -back.total)
 
     def _is_steady(self, growth: float) -> bool:
         """Whether there is a gradient scaler as before, after S s was seen to become so many times larger."""
@@ -361,35 +395,3 @@ class LossMultiplier:
         self._multiplier = Multiplier(loss, scaler)
         if "local" in self.__dict__:  # made before: what it has evaluated still holds
             self._tell(self.local)
-
-
-def _ratio(gradients: dict[str, Tensor], local: LocalModel) -> float:
-    """gᵀd / (g_f · J d) along the gradients themselves; NaN where nothing is told."""
-    there = local.slope(gradients)
-    return sum(float(g.double().square().sum()) for g in gradients.values()) / there if there else math.nan
-
-
-def _unless_clipped(ratio: float) -> float:
-    """S, from gᵀd / (g_f · J d) of all data; 1 for gradients that were clipped, of which it warns."""
-    exponent = -math.log2(ratio) if ratio > 0 else 0.0
-    if abs(exponent - round(exponent)) < POWER:
-        return 2.0 ** round(exponent)
-    if ratio < 1 / NOISE:
-        warnings.warn(
-            f"natgrad: the gradients were clipped to {ratio:.2g} of their length, and steps become as much shorter. "
-            "natgrad finds out how far to go: leave clipping out, as by `max_grad_norm=0.0` of a Trainer.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return 1.0
-
-
-def _scaler(ratio: float, before: float, noise: float) -> float:
-    """S, from gᵀd / (g_f · J d), and what it is if s is as before."""
-    if not (math.isfinite(ratio) and ratio > 0):
-        return before  # nothing is learnt
-    if 1 / NOISE < ratio < NOISE:
-        return 1.0
-    if 1 / noise < ratio * before < noise:
-        return before
-    return max(1.0, 2.0 ** round(-math.log2(ratio)))  # scalers use powers of two

@@ -27,7 +27,7 @@ from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
 from natgrad.local_model import LocalModel
 from natgrad.losses import Declared, resolve
 from natgrad.metric import Metric
-from natgrad.multiplier import LossMultiplier
+from natgrad.multiplier import LossMultiplier, parts
 from natgrad.options import check_fisher, check_inverse, check_numbers, check_periods, check_positive, module_of
 from natgrad.schedule import Period
 from natgrad.trust import Trust
@@ -273,6 +273,7 @@ class Preconditioner:
     def _look_out(self) -> None:
         """Settle what the next batch is to tell."""
         self.capture.step, self.capture.whole = self.steps, schedule.starts(self.steps, self.curvature_period)
+        self.capture.parts = parts(self._state(self.layers[0]), self.world)
         known = {layer: self._state(layer).get("rows", torch.inf) for layer in self.layers}
         shares = {layer.name: share_known(rows, layer.dense_dimension) for layer, rows in known.items()}
         self.capture.due = schedule.due(self.steps, self.curvature_period, shares)
@@ -394,7 +395,6 @@ class Preconditioner:
             return None
         likelihood = forward.likelihood
         forward.see_what_counts(likelihood)
-        ranks = Ranks(self.world, batch.part, forward.output)
+        ranks, share = Ranks(self.world, batch.part, forward.output), partial(noise.share, self.states().values())
         local = partial(LocalModel, self.model, likelihood, self.capture.view, forward, batch.terms, ranks)
-        share = partial(noise.share, self.states().values())
         return LossMultiplier(self._state(self.layers[0]), local, forward, likelihood, batch.terms, ranks, share)

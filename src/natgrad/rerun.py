@@ -302,3 +302,8 @@ def stands_for(part: Forward, uses: list[list[Call]], whole: Forward, chosen: Te
         call.x = call.x[call.data]
     part.uses = uses
     return True
+
+
+def wants_gradients(error: RuntimeError) -> bool:
+    """Whether a network differentiates itself, or keeps gradients of what is in it, and met none."""
+    return any(text in str(error) for text in ("does not require grad", "can't retain_grad"))

@@ -8,7 +8,7 @@ A step is made for one batch, by blocks that know neither each other nor other d
   the same one, the loss itself is asked.
 - **Whether the next batch refutes a step**, its loss having risen by more than half of what the step promised to lower
   its own, by the model and in fact. A batch that shows few of thousands of classes cannot tell how far to go. Rates
-  are cut until steps stand.
+  are cut until steps stand. What went far too far is undone (:mod:`natgrad.multiplier`).
 - **The rate that the quadratic model chose.** It is one where the blocks are the curvature, and as much smaller as the
   curvature along their direction is larger than they say.
 
