@@ -69,21 +69,20 @@ def test_the_hessian_is_that_of_the_sum() -> None:
 
 
 def test_each_head_is_smoothed_by_its_own_number_of_criteria() -> None:
+    """Of twice as many rows as there are here."""
     likelihood, f = joined(several())
-    smoothed = likelihood.smoothed(f, 2)
+    smoothed = likelihood.smoothed(f, 2 * DATA)
     v = torch.randn(f.shape, generator=torch.Generator().manual_seed(3))
-    heads = zip(likelihood.parts.values(), likelihood.split(f), likelihood.split(v), strict=True)
-    assert [1 / part.likelihood.smoothing for part in smoothed.parts.values()] == pytest.approx(
-        [1 + 2 * n for n in (2 * DATA, DATA, 4 * DATA)]
-    )
-    R = likelihood.scale(likelihood.terms(f))
-    expected = []
-    for part, head, vector in heads:
-        own = part.likelihood.smoothed(head, 2)
-        expected.append(part.weight * own.scale(own.terms(head)) * own.hessian_product(head, vector))
-    products = likelihood.split(R * smoothed.hessian_product(f, v))
-    assert all(torch.allclose(*pair, atol=1e-12) for pair in zip(products, expected, strict=True))
-    assert [part.likelihood.smoothing for part in likelihood.parts.values()] == [0, 0, 0]
+    numbers = {"class": 2 * DATA * 2, "size": 2 * DATA, "mask": 2 * DATA * 4}
+    products = likelihood.split(likelihood.scale(likelihood.terms(f)) * smoothed.hessian_product(f, v))
+    heads = zip(likelihood.split(f), likelihood.split(v), products, strict=True)
+    for (key, part), (head, vector, product) in zip(likelihood.parts.items(), heads, strict=True):
+        own = part.likelihood.smoothed(head, numbers[key])
+        expected = part.weight * own.scale(own.terms(head)) * own.hessian_product(head, vector)
+        assert torch.allclose(product, expected, atol=1e-12)
+        if key != "size":
+            plain = part.weight * own.scale(own.terms(head)) * part.likelihood.hessian_product(head, vector)
+            assert not torch.allclose(product, plain, atol=1e-4)
 
 
 def test_second_moment_of_the_samples_is_the_hessian() -> None:

@@ -203,22 +203,21 @@ SMOOTHED: dict[str, tuple[Likelihood, Likelihood, Callable[[Tensor], Tensor], Ca
 }
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("number", [4, 100])
 @pytest.mark.parametrize(("likelihood", "same", "mean", "link"), SMOOTHED.values(), ids=SMOOTHED.keys())
 def test_smoothed_curvature_is_that_of_one_more_observation(
     likelihood: Likelihood,
     same: Likelihood,
     mean: Callable[[Tensor], Tensor],
     link: Callable[[Tensor], Tensor],
-    parts: int,
+    number: int,
 ) -> None:
-    """At other outputs, too: it depends on those that it was made for by their number only."""
-    outputs = logits((2, 3, 2))
     K = 3 if isinstance(likelihood, Categorical) else 2
-    number = parts * (4 if K == 3 else 12)
-    smoothed, v = likelihood.smoothed(outputs, parts), logits((2, 3, 2), seed=2)
-    for f in (outputs, logits((2, 3, 2), seed=1)):
+    smoothed, v = likelihood.smoothed(logits((2, 3, 2)), number), logits((2, 3, 2), seed=2)
+    for f in (logits((2, 3, 2)), logits((2, 3, 2), seed=1)):
         at = link(additional(mean(f), number, 1 / K))
+        if isinstance(likelihood, Poisson):
+            at = torch.log(f.exp() + 1 / 2 / (number + 1))
         assert relative_error(smoothed.hessian_product(f, v), same.hessian_product(at, v)) < 1e-12
         for one, other in zip(smoothed.columns(f), same.columns(at), strict=True):
             assert torch.allclose(one, other, atol=1e-12)
@@ -229,7 +228,7 @@ def test_smoothed_curvature_is_that_of_one_more_observation(
 @pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Poisson(), Gaussian()])
 def test_what_a_step_does_is_not_smoothed(likelihood: Likelihood) -> None:
     f, moved = logits((2, 3)), logits((2, 3), seed=1)
-    smoothed = likelihood.smoothed(f)
+    smoothed = likelihood.smoothed(f, 4)
     assert torch.equal(smoothed.divergence(f, moved), likelihood.divergence(f, moved))
     assert torch.equal(smoothed.gradient_change(f, moved), likelihood.gradient_change(f, moved))
     assert torch.equal(smoothed.remainder(f, moved, f), likelihood.remainder(f, moved, f))
@@ -238,7 +237,7 @@ def test_what_a_step_does_is_not_smoothed(likelihood: Likelihood) -> None:
 def test_what_is_no_probability_is_not_smoothed() -> None:
     f, v = output_for(MeanVariance, (2, 2)), logits((2, 2))
     for likelihood in (Gaussian(), MeanVariance(), Poisson(log_input=False)):
-        smoothed = likelihood.smoothed(f)
+        smoothed = likelihood.smoothed(f, 4)
         assert torch.equal(smoothed.hessian_product(f, v), likelihood.hessian_product(f, v))
         draws = [one.sample(f, torch.Generator().manual_seed(0)) for one in (smoothed, likelihood)]
         assert torch.equal(*draws)
@@ -247,16 +246,57 @@ def test_what_is_no_probability_is_not_smoothed() -> None:
 def test_where_a_model_is_certain_and_wrong_there_is_curvature() -> None:
     f = torch.tensor([[2000.0, 0.0], [0.0, 0.0]])
     assert not Categorical().hessian_product(f, torch.eye(2))[0].any()
-    assert Categorical().smoothed(f).hessian_product(f, torch.eye(2))[0, 0] == pytest.approx(5 / 36)
+    assert Categorical().smoothed(f, 2).hessian_product(f, torch.eye(2))[0, 0] == pytest.approx(5 / 36)
 
 
 def test_log_probabilities_that_were_called_keep_the_smoothing() -> None:
     f = logits((4, 3)).log_softmax(1)
-    smoothed = Categorical("sum").smoothed(f)
+    smoothed = Categorical("sum").smoothed(f, 4)
     called = smoothed.as_called(f, -torch.eye(3)[[0, 1, 2, 0]])
     assert isinstance(called, LogCategorical)
-    assert (called.reduction, called.smoothing) == ("sum", smoothed.smoothing)
-    assert smoothed.smoothing == 0.2
+    assert called.reduction == "sum"
+    v = logits((4, 3), seed=1)
+    assert torch.equal(called.hessian_product(f, v), smoothed.hessian_product(f, v))
+
+
+@pytest.mark.parametrize("least", [-torch.inf, -1e9])
+def test_a_class_that_is_ruled_out_is_never_observed(least: float) -> None:
+    f = logits((500, 3))
+    f[:, 1] = least
+    smoothed = Categorical().smoothed(f, 1)
+    draws = smoothed.sample(f, torch.Generator().manual_seed(0))
+    assert not draws[:, 1].any()
+    p = 0.5 * f.softmax(1) + 0.25
+    p[:, 1] = 0
+    v = logits((500, 3), seed=1)
+    assert torch.allclose(smoothed.hessian_product(f, v), p * v - p * (p * v).sum(1, keepdim=True), atol=1e-12)
+    assert torch.allclose((p - draws).sum(1), torch.ones(500))
+
+
+@every_kind
+def test_the_slope_rises_as_the_gradient_changes(kind: type[Likelihood]) -> None:
+    """That of log-probabilities as that of their logits, whose softmax bends it."""
+    f, moved = output_for(kind, (2, 2, 3)), output_for(kind, (2, 2, 3)) + 0.1
+    moved[:, 0] += 0.3
+    expected = kind().gradient_change(f, moved) * (moved - f)
+    if kind is LogCategorical:
+        expected = Categorical().gradient_change(f, moved) * (moved - f)
+        assert expected.sum() > 0
+    assert torch.equal(kind().steepening(f, moved), expected)
+
+
+def test_a_likelihood_of_the_users_own_is_not_touched() -> None:
+    """It may have any attributes, and not take any more."""
+
+    class Own(Gaussian):
+        smoothing = 0.1
+        __setattr__ = None  # type: ignore[assignment]
+
+        def __init__(self) -> None: ...
+
+    own = Own()
+    assert own.smoothed(torch.zeros(2), 4) is own
+    assert own.smoothing == 0.1
 
 
 # What a step at the output does to the criterion.

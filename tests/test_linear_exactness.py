@@ -235,10 +235,11 @@ class InjectedNoise(Gaussian):
 
     def __init__(self, noise: Tensor) -> None:
         super().__init__(reduction="batchmean")
-        self.noise = iter(noise)
+        self.noise, self.dealt = noise, 0
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.stack([next(self.noise) for _ in output])
+        self.dealt += len(output)
+        return self.noise[self.dealt - len(output) : self.dealt]
 
 
 # What capture must not depend on, and must not change.

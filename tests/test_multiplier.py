@@ -371,8 +371,8 @@ class Told:
     multiplier = scaler = 1.0
     has_other_statistics = False
 
-    def __init__(self, slope: float, bend: float, error: float = 0.0) -> None:
-        self._change, self._error = Change(slope, bend), error
+    def __init__(self, slope: float, bend: float, error: float = 0.0, steepening: float = 0.0) -> None:
+        self._change, self._error = Change(slope, bend, steepening=steepening), error
 
     def change(self, step: object) -> Change:
         return self._change
@@ -398,11 +398,12 @@ def test_a_multiplier_that_was_trusted_is_looked_at_again_where_a_step_is_refute
     assert multiplier.promised == -0.5
 
 
-@pytest.mark.parametrize(("bend", "stands"), [(0.5, True), (1.5, False), (8.0, False)])
-def test_a_step_that_a_batch_was_against_from_the_start_is_not_undone(bend: float, stands: bool) -> None:
+@pytest.mark.parametrize(("steepening", "stands"), [(0.9, True), (1.1, False), (0.0, False)])
+def test_a_step_that_a_batch_was_against_from_the_start_is_not_undone(steepening: float, stands: bool) -> None:
     """Batches with an event that is rare were: each undid the step before, and its own gradient was thrown away."""
     state: dict[str, Any] = {"promise": torch.tensor([-1.0, 1.0, 1.0, 1.0])}
-    multiplier = LossMultiplier(state, lambda **_: Told(-5.0, bend), a_pass(), Categorical(), 3.0)  # type: ignore[arg-type, return-value]
+    told = Told(-5.0, 0.5, steepening=steepening)
+    multiplier = LossMultiplier(state, lambda **_: told, a_pass(), Categorical(), 3.0)  # type: ignore[arg-type, return-value]
     multiplier.bound = 1.0, True
     assert multiplier.accepts({}) is stands
     assert Trust(state).caution == (1.0 if stands else 0.25)

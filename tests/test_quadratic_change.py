@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.functional import (
     cross_entropy,
     gaussian_nll_loss,
     mse_loss,
+    nll_loss,
     poisson_nll_loss,
 )
 
@@ -465,3 +467,26 @@ def test_zeros_that_are_met_where_training_begins_count() -> None:
     optimizer.step()
     change = mse_loss(model(x), y).item() - loss.item()
     assert optimizer.diagnostics(per_layer=False)["actual_change"] == pytest.approx(change, rel=1e-8)
+
+
+@pytest.mark.parametrize("called", ["cross_entropy", "nll"])
+@pytest.mark.parametrize("size", [0.3, 30.0])
+def test_steepening_is_the_change_of_the_slope(called: str, size: float) -> None:
+    """Of a linear network, between the ends of the step; its KL divergence has a bound where that has none."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Linear(3, 4)
+    x, y = torch.randn(6, 3), torch.randint(4, (6,))
+    step = step_of(model, size)
+    slopes = []
+    for one in (model, stepped(model, step)):
+        gradients = torch.autograd.grad(cross_entropy(one(x), y), list(one.parameters()))
+        slopes.append(sum((g * s).sum() for g, s in zip(gradients, step.values(), strict=True)))
+    if called == "nll":
+        model = nn.Sequential(OrderedDict(weight=model, logarithm=nn.LogSoftmax(dim=1)))
+        step = {f"weight.{name}": s for name, s in step.items()}
+    optimizer = natgrad.KFAC(model, "cross_entropy")
+    (cross_entropy if called == "cross_entropy" else nll_loss)(model(x), y).backward()
+    optimizer.preconditioner.update()
+    with torch.no_grad():
+        change = optimizer.preconditioner.multiplier.local.change(step)
+    assert change.steepening == pytest.approx(float(slopes[1] - slopes[0]), rel=1e-9)

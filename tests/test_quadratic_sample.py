@@ -64,7 +64,7 @@ def test_model_and_change_weigh_the_chosen(loss: Loss, monkeypatch: pytest.Monke
     def measured(data: Tensor) -> Tensor:
         own = copy.deepcopy(model)
         optimizer = natgrad.KFAC(own, loss.told)
-        optimizer.preconditioner.capture.parts = 6 / len(data)  # so that curvature is smoothed as by all of them
+        optimizer.preconditioner.capture.criteria = 6.0  # so that curvature is smoothed as by all of them
         loss.loss_fn(own(x[data]), y[data]).backward()
         optimizer.preconditioner.update()
         with torch.no_grad():

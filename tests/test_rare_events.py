@@ -1,6 +1,6 @@
 """Events that few batches show: what the others say of them with certainty is not believed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -82,16 +82,19 @@ def test_targets_that_are_mostly_zero_are_no_multiplied_loss() -> None:
 # Whose curvature it is.
 
 
-def exact_factor(x: Tensor, y: Tensor, parts: int = 1, steps: int = 1, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the latest step of a linear network, its A and its G."""
+def exact_factor(
+    x: Tensor, y: Tensor, sizes: Sequence[int] = (8,), steps: int = 2, loss: Any = "cross_entropy", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Logits before the latest step of a linear network, and its G then, with micro-batches of such sizes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4))
-    optimizer = natgrad.KFAC(model, "cross_entropy", fisher="exact", batch_fraction=1.0, factor_decay=0.0, **options)
+    optimizer = natgrad.KFAC(model, loss, fisher="exact", batch_fraction=1.0, factor_decay=0.0, **options)
+    criterion = cross_entropy if isinstance(loss, str) else loss
     for _ in range(steps):
         logits = model(x).detach()
         optimizer.zero_grad()
-        for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            (cross_entropy(model(a), b) / parts).backward()
+        for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
+            (criterion(model(a), b) * (len(a) / len(x))).backward()
         optimizer.step()
     return logits, optimizer.preconditioner.factors()["0"][1]
 
@@ -102,20 +105,25 @@ def expected(logits: Tensor, share: float) -> Tensor:
 
 
 @pytest.mark.usefixtures("float64")
-def test_curvature_is_smoothed_where_damping_and_steps_are_automatic() -> None:
-    """And nowhere else: factors are exact for whoever gives numbers."""
-    x, y = torch.randn(8, 3), torch.arange(8) % 4
-    logits, G = exact_factor(5 * x, y)
-    assert relative_error(G, expected(logits, 1 / 9)) < 1e-12
-    for options in ({"damping": 0.1}, {"lr": 0.1, "momentum": 0.9}):
-        logits, G = exact_factor(5 * x, y, **options)
-        assert relative_error(G, expected(logits, 0.0)) < 1e-12
+@pytest.mark.parametrize("sizes", [(8,), (2, 2, 2, 2), (5, 2, 1), (1, 7)])
+def test_curvature_is_smoothed_by_all_data_of_a_step(sizes: tuple[int, ...]) -> None:
+    """At the first step nobody knows how many there will be; then it is one."""
+    x, y = 5 * torch.randn(8, 3), torch.arange(8) % 4
+    for steps, share in ((1, 1 / 2), (2, 1 / 9)):
+        logits, G = exact_factor(x, y, sizes, steps)
+        assert relative_error(G, expected(logits, share)) < 1e-12
 
 
 @pytest.mark.usefixtures("float64")
-def test_micro_batches_smooth_by_all_their_data() -> None:
-    """From the second step on, as the first does not know yet how many there will be."""
-    x, y = torch.randn(8, 3), torch.arange(8) % 4
-    for steps, share in ((1, 1 / 3), (2, 1 / 9)):
-        logits, G = exact_factor(5 * x, y, parts=4, steps=steps)
-        assert relative_error(G, expected(logits, share)) < 1e-12
+@pytest.mark.parametrize("options", [{"damping": 0.1}, {"lr": 0.1, "momentum": 0.9}])
+def test_factors_are_exact_for_whoever_gives_numbers(options: dict[str, Any]) -> None:
+    logits, G = exact_factor(5 * torch.randn(8, 3), torch.arange(8) % 4, **options)
+    assert relative_error(G, expected(logits, 0.0)) < 1e-12
+
+
+@pytest.mark.usefixtures("float64")
+def test_targets_that_are_ignored_are_no_observations() -> None:
+    x, y = 5 * torch.randn(8, 3), torch.arange(8) % 4
+    y[5:] = -100
+    logits, G = exact_factor(x, y, loss=nn.CrossEntropyLoss())
+    assert relative_error(G, expected(logits[:5], 1 / 6)) < 1e-12

@@ -314,6 +314,20 @@ def test_errors_are_compared_with_the_window_before() -> None:
     assert not first.diverges(1e9)
 
 
+@pytest.mark.parametrize("onset", range(20, 40))
+def test_an_error_that_stays_a_thousandfold_is_seen_whenever_it_begins(onset: int) -> None:
+    """Also where the window ends soon, whose mean had the new errors in it then."""
+    pace = Pace({"progress": torch.tensor(Progress()), "step": torch.tensor(0.0)})
+    seen = 0
+    for step in range(onset + 10):
+        pace.state["step"] += 1
+        error = 1000.0 if step >= onset else 1.0
+        pace.note(error, 0.0)
+        seen += pace.diverges(error)
+        assert step > onset + 2 or not seen
+    assert seen
+
+
 def test_an_error_that_grows_a_hundredfold_is_told_of() -> None:
     rates._tell_of_divergence.cache_clear()
     optimizer, data, numbers = natgrad.KFAC(network(), "mse"), noise("mse", 32), list[int]()

@@ -300,7 +300,8 @@ class Pace:
             slope: Of the loss along the latest step, by the gradient of this batch.
         """
         latest = self._progress.note(error, slope, self._latest.slope)
-        if latest.steps >= max(SHORTEST_WINDOW, WINDOW * (float(self.state["step"]) - latest.steps)):
+        is_over = latest.steps >= max(SHORTEST_WINDOW, WINDOW * (float(self.state["step"]) - latest.steps))
+        if is_over and not 0 < latest.lost <= IN_A_ROW:  # it will be seen whether these are outliers
             latest = latest.next(self._latest.pace)
         self._progress = latest
 

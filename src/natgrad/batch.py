@@ -36,6 +36,7 @@ class Batch:
         forwards: Number of forward passes.
         data: Number of data, summed over the forwards.
         terms: What the loss's reduction divides by, summed over the forwards.
+        criteria: How many criteria count, of all forwards and ranks.
         latest: The latest forward, or one before it that was of more data.
         ears: Of all forwards.
         open: Uses that wait for the gradients of the user's backward pass, which is over when they are added.
@@ -52,6 +53,7 @@ class Batch:
     forwards: int = 0
     data: int = 0
     terms: float = 0.0
+    criteria: float = 0.0
     latest: Forward | None = None
     ears: list[Ear] = field(default_factory=list)
     open: list[list[Call]] = field(default_factory=list)
@@ -74,7 +76,12 @@ class Batch:
     def count(self, forward: Forward) -> None:
         """Let this be the batch of a forward pass."""
         self.latest, self.ears, self.forwards, self.data = forward, [forward.ear], 1, forward.data
-        self.terms = forward.terms(self.loss.likelihood)
+        self.terms, self.criteria = forward.terms(self.loss.likelihood), forward.criteria(self.loss.likelihood)
+
+    def see_what_was_called(self) -> None:
+        """Let the likelihood of the latest forward be that of the loss that was called."""
+        if self.latest is not None:
+            self.latest.see_what_was_called()
 
     def follow(self, earlier: "Batch") -> None:
         """Add what was gathered before."""
@@ -90,6 +97,7 @@ class Batch:
         self.forwards += earlier.forwards
         self.data += earlier.data
         self.terms += earlier.terms
+        self.criteria += earlier.criteria
         if self.latest is None or self.latest.is_outweighed(earlier.latest):
             self.latest = earlier.latest
 

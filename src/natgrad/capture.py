@@ -82,8 +82,9 @@ class Capture:
         self.loss, self.fisher, self.mc_samples = loss, fisher, mc_samples
         self.batch_fraction, self.view, self.seed = batch_fraction, View(output, loss), seed
         self.world = world or World()
-        # Whether gradients of the user's loss are kept as well, and curvature is smoothed, see `Likelihood.smoothed`.
-        self.sampling, self.parts = False, float(self.world.size)
+        # Whether gradients of the user's loss are kept as well, and curvature is smoothed, see `Likelihood.smoothed`;
+        # and for how many criteria, of which there is one at least.
+        self.sampling, self.criteria = False, 1.0
         self.attached = self.whole = True
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
         self.step = self._forward_seed = 0
@@ -306,8 +307,9 @@ class Capture:
 
     def _gather(self, forward: Forward, origins: Sequence[Origin]) -> None:
         batch = Batch(self.loss, self.fisher)
-        if self.sampling and forward.likelihood is not None:
-            forward.likelihood = forward.likelihood.smoothed(forward.output.detach(), self.parts)
+        likelihood = self.loss.likelihood
+        if self.sampling and likelihood is not None:
+            likelihood = forward.likelihood = likelihood.smoothed(forward.output.detach(), self.criteria)
         if (part := self._part(forward)).uses:
             # The user's autocast would round the products of rows to half precision.
             with torch.no_grad(), full_precision(forward.output.device.type):
@@ -315,7 +317,7 @@ class Capture:
                     batch.add_inputs(use, self.sharing)
                 if self.fisher in ("mc", "exact"):
                     with statistics_left_alone(self._model):  # of what is checkpointed, and runs again
-                        self._backpropagate(part, forward.likelihood, batch)
+                        self._backpropagate(part, likelihood, batch)
             if self.sampling and self.whole:
                 for use in forward.uses:
                     if use[0].rows in (forward.data, *forward.lengths):

@@ -28,11 +28,9 @@ class Likelihood(ABC):
 
     Attributes:
         of_labels: Whether targets can only be labels, at each of which ∇c has the size that ``reach`` tells.
-        smoothing: Share of the uniform distribution in the probabilities that ∇²c is made of; see ``smoothed``.
     """
 
     of_labels = False
-    smoothing = 0.0
 
     def __init__(self, reduction: Reduction = "mean") -> None:
         if reduction not in get_args(Reduction):
@@ -54,20 +52,16 @@ class Likelihood(ABC):
     def hessian_product(self, output: Tensor, vector: Tensor) -> Tensor:
         """∇²c times ``vector``; both shaped like ``output``."""
 
-    def smoothed(self, output: Tensor, parts: float = 1.0) -> "Likelihood":
+    def smoothed(self, output: Tensor, number: float) -> "Likelihood":
         """The same loss, with the curvature of predictions that are no more certain than data can tell.
 
-        Probabilities p of K classes become (N p + 1/K) / (N + 1): N criteria cannot tell these from p by more than one
-        observation. Where a model is certain, be it wrong, curvature vanishes, and a Newton step has no end. What is no
-        probability stays as it is.
+        By default it is the same curvature, as for whatever predicts no probabilities.
 
         Args:
             output: Of a pass.
-            parts: How many times as many data a step has.
+            number: How many criteria all passes of a step have.
         """
-        smoothed = copy(self)
-        smoothed.smoothing = 1 / (1 + parts * self.criteria(output))
-        return smoothed
+        return self
 
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """KL divergence from the distribution at ``output`` to that at ``moved``, of each criterion.
@@ -92,6 +86,10 @@ class Likelihood(ABC):
     def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
         """∇c at ``moved`` less ∇c at ``output``, for the same target; by default to first order."""
         return self.hessian_product(output, moved - output)
+
+    def steepening(self, output: Tensor, moved: Tensor) -> Tensor:
+        """By how much the slope of each criterion along moved − output rises from the one to the other."""
+        return self.gradient_change(output, moved) * (moved - output)
 
     def reach(self, output: Tensor, gradient: Tensor) -> Tensor | None:
         """The largest size of ∇c that a target allows, of each entry, with the sign of ``gradient``; None if unbounded.
@@ -158,6 +156,22 @@ class Likelihood(ABC):
     def scale(self, terms: float) -> float:
         """R, the factor between the sum of the criteria and the loss, for a batch with so many ``terms``; 0 is as 1."""
         return self.weight if self.reduction == "sum" else self.weight / (terms or 1.0)
+
+
+class Smoothable(Likelihood):
+    """Of probabilities, or of counts, which N criteria cannot tell from others by more than one observation.
+
+    Probabilities p of K classes become (N p + 1/K) / (N + 1). Where a model is certain, be it wrong, curvature
+    vanishes, and a Newton step has no end.
+    """
+
+    _share = 0.0  # of the uniform distribution
+
+    def smoothed(self, output: Tensor, number: float) -> "Smoothable":
+        """By one more observation."""
+        smoothed = copy(self)
+        smoothed._share = 1 / (1 + number)
+        return smoothed
 
 
 class Elementwise(Likelihood):

@@ -32,16 +32,16 @@ def share_batch(batch: Batch, layers: Sequence[Layer], world: World) -> None:
     forward = batch.latest
     own = 0.0 if forward is None else forward.terms(batch.loss.likelihood)
     came = _came(batch, layers)
-    sums = world.sum([batch.terms, own, *rows, *came.values()], layers[0].parameters[0]).tolist()
+    sums = world.sum([batch.terms, own, batch.criteria, *rows, *came.values()], layers[0].parameters[0]).tolist()
     for what, count in zip(came, sums[-len(came) :], strict=True):
         if count not in (0, world.size):
             raise RuntimeError(
                 f"{what} came on {count:.0f} of {world.size} ranks: every rank must send data through the same layers "
                 "and take as many steps as the others."
             )
-    batch.terms = sums[0] / world.size
+    batch.terms, batch.criteria = sums[0] / world.size, sums[2]
     batch.part = own / sums[1] if sums[1] else 1 / world.size
-    for one, chosen, of in zip(known, sums[2::2], sums[3::2], strict=False):
+    for one, chosen, of in zip(known, sums[3::2], sums[4::2], strict=False):
         if one is not None:
             one.rows, one.of = round(chosen), of
     inputs, gradients, squares = _sums(batch, layers)

@@ -182,6 +182,12 @@ class Forward:
             return float(self.weights.terms.sum())
         return likelihood.terms(self.output)
 
+    def criteria(self, likelihood: Likelihood | None) -> int:
+        """How many criteria count, as far as that is known."""
+        if likelihood is None:
+            return 0
+        return likelihood.criteria(self.output) if self.weights is None else int(self.weights.curvature.count_nonzero())
+
     def is_outweighed(self, other: "Forward | None") -> bool:
         """Whether another pass, whose backward pass is done as well, tells more of the loss.
 

@@ -7,13 +7,13 @@ the output tells them.
 import torch
 from torch import Tensor
 
-from natgrad.criterion import Elementwise, Reduction
+from natgrad.criterion import Elementwise, Reduction, Smoothable
 
 # A rate and a variance of zero count as these, which torch's losses have by default.
 LEAST_RATE, LEAST_VARIANCE = 1e-8, 1e-6
 
 
-class Poisson(Elementwise):
+class Poisson(Smoothable, Elementwise):
     """Poisson regression of counts, as torch's ``PoissonNLLLoss``.
 
     Args:
@@ -57,9 +57,9 @@ class Poisson(Elementwise):
         return self._expected(output) if self.log_input else self._rate(output).reciprocal()
 
     def _expected(self, output: Tensor) -> Tensor:
-        """The rate, for its logarithm with the half of a count that N data cannot rule out."""
+        """The rate; smoothed, for its logarithm, with the half of a count that N criteria cannot rule out."""
         rate = self._rate(output)
-        return (1 - self.smoothing) * rate + self.smoothing / 2 if self.smoothing and self.log_input else rate
+        return rate + self._share / 2 if self._share and self.log_input else rate
 
     def _rate(self, output: Tensor) -> Tensor:
         return output.exp() if self.log_input else _held(output, LEAST_RATE)

@@ -104,11 +104,13 @@ class Joint(Likelihood):
         each = zip(columns, numbers, self._shapes, strict=True)
         return [part[:number].reshape(number, *shape) for part, number, shape in each]
 
-    def smoothed(self, output: Tensor, parts: float = 1.0) -> "Joint":
-        """Each head's own."""
-        smoothed = copy(self)
-        each = zip(self.parts.items(), self.split(output), strict=True)
-        smoothed.parts = {key: Part(one.weight, one.likelihood.smoothed(f, parts)) for (key, one), f in each}
+    def smoothed(self, output: Tensor, number: float) -> "Joint":
+        """Each head's own, of which a row has one criterion or more."""
+        smoothed, parts = copy(self), {}
+        for (key, part), head in zip(self.parts.items(), self.split(output), strict=True):
+            own = number * part.likelihood.criteria(head) / (len(output) or 1)
+            parts[key] = Part(part.weight, part.likelihood.smoothed(head, own))
+        smoothed.parts = parts
         return smoothed
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -138,6 +140,10 @@ class Joint(Likelihood):
     def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
         """Each head's own, times F."""
         return self._each(lambda one, F, f, m: F * one.gradient_change(f, m), output, moved)
+
+    def steepening(self, output: Tensor, moved: Tensor) -> Tensor:
+        """Each head's own, times F."""
+        return self._each(lambda one, F, f, m: F * one.steepening(f, m), output, moved)
 
     def reach(self, output: Tensor, gradient: Tensor) -> Tensor | None:
         """Each head's own, times F; None if one of them is unbounded, as its weight may be another than the others'."""

@@ -17,8 +17,9 @@ second moment is ∇²c: the Monte Carlo Fisher), the columns of a square root o
 surprising convention: ``columns`` yields one vector per output *entry*, C·T of them for T positions, because positions
 that interact inside the network would mix if their vectors were switched on together.
 
-∇²c vanishes where p is zero or one, though N data cannot tell that. ``smoothed`` is the same loss with ∇²c at
-p̃ = (N p + 1/K) / (N + 1) for K classes; where steps are automatic, the factors and the quadratic model are those of it.
+∇²c vanishes where p is zero or one, though N criteria cannot tell that. ``smoothed`` is the same loss with ∇²c at
+p̃ = (N p + 1/K) / (N + 1) for K classes. Where damping and steps are automatic, Fisher matrix and quadratic model are
+those of it.
 
 Sources: Martens (2020), "New insights and perspectives on the natural gradient method", sections 6, 9; Martens and
 Grosse (2015), arXiv:1503.05671, section 2; Krichevsky and Trofimov (1981), DOI 10.1109/TIT.1981.1056331, for p̃ with
@@ -81,7 +82,7 @@ class Gaussian(criterion.Elementwise):
         return vector
 
 
-class Bernoulli(criterion.Elementwise):
+class Bernoulli(criterion.Smoothable, criterion.Elementwise):
     """Binary cross-entropy of logits, as torch's ``BCEWithLogitsLoss``."""
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -96,7 +97,8 @@ class Bernoulli(criterion.Elementwise):
         return p * (1 - p)
 
     def _probabilities(self, output: Tensor) -> Tensor:
-        return _smoothed(torch.sigmoid(output), self.smoothing, 2)
+        p = torch.sigmoid(output)
+        return (1 - self._share) * p + self._share / 2 if self._share else p
 
     def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
         """p′ − p."""
@@ -111,11 +113,13 @@ class Bernoulli(criterion.Elementwise):
         return functional.softplus(moved) - functional.softplus(output) - output.sigmoid() * (moved - output)
 
 
+# No model has such a logit for a class, unless it is one that cannot be.
+RULED_OUT = -1e8
 # Two values of a weight that differ by less are the same, rounded.
 ALIKE = 1e-3
 
 
-class Categorical(Likelihood):
+class Categorical(criterion.Smoothable):
     """Cross-entropy of logits of shape (N, C) or (N, C, T…), as torch's ``CrossEntropyLoss``."""
 
     of_logits = True
@@ -137,7 +141,7 @@ class Categorical(Likelihood):
         if output.logsumexp(1).abs().amax() >= ALIKE:
             return self
         called = LogCategorical(self.reduction)
-        called.smoothing = self.smoothing
+        called._share = self._share
         return called
 
     def check_gradient(self, gradient: Tensor) -> None:
@@ -220,12 +224,11 @@ class Categorical(Likelihood):
         return output.numel() // output.shape[1]
 
     def _probabilities(self, output: Tensor) -> Tensor:
-        return _smoothed(torch.softmax(output, dim=1), self.smoothing, output.shape[1])
-
-
-def _smoothed(p: Tensor, share: float, classes: int) -> Tensor:
-    """Probabilities with a share of the uniform distribution."""
-    return (1 - share) * p + share / classes if share else p
+        p = torch.softmax(output, dim=1)
+        if not self._share:
+            return p
+        possible = (output > RULED_OUT).to(p.dtype)  # of other classes there is no observation to come
+        return (1 - self._share) * p + self._share / possible.sum(dim=1, keepdim=True) * possible
 
 
 def _weights_of_labels(output: Tensor, gradient: Tensor) -> Tensor | None:
@@ -280,6 +283,10 @@ class LogCategorical(Categorical):
     def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
         """Zero: in log-probabilities the loss is linear."""
         return torch.zeros_like(output)
+
+    def steepening(self, output: Tensor, moved: Tensor) -> Tensor:
+        """That of the cross-entropy, which the network bends."""
+        return super().gradient_change(output, moved) * (moved - output)
 
     def reach(self, output: Tensor, gradient: Tensor) -> Tensor:
         """One, up to a target of 1."""

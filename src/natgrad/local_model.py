@@ -70,11 +70,13 @@ class Change(NamedTuple):
         slope: The part by the gradient at the output.
         bend: Twice the rest, what the output's curvature adds.
         rounding: How far the sum may be off, by the rounding of outputs and sums in single precision.
+        steepening: By how much the slope along the output's way rises.
     """
 
     slope: float
     bend: float
     rounding: float = 0.0
+    steepening: float = 0.0
 
     @property
     def total(self) -> float:
@@ -236,25 +238,22 @@ class LocalModel:
         return float(self.ranks.mean(torch.sum(self._arrived() * product)))
 
     def change(self, step: dict[str, Tensor]) -> Change:
-        """By how much the loss would change if the parameters moved by ``step``.
-
-        Evaluated on the same data as the model, with the same dropout before and after.
-        """
+        """Of the loss if the parameters moved by ``step``, on the model's data and with its dropout in both places."""
         parameters = self._parameters(step)
         self._before = self._known() or self._run(parameters)
         returned, before = self._before
         returned_after, after = self._run(parameters, step)
-        weight = self._weigh(before)
-        remainder = weight * self._remainder(before, after)
+        scale = self._scale(before) * self._weigh(before)
+        remainder = scale * self._remainder(before, after)
         users = at_least_float32(self._take(self.forward.output))
-        shift = self._scale(before) * weight * self.likelihood.gradient_change(users, before)
+        shift = scale * self.likelihood.gradient_change(users, before)
         arrived = self._arrived() / self.scaler
         linear = torch.sum(arrived * (returned_after - returned)) + torch.sum(shift * (after - before))
-        remainder = self._scale(before) * remainder
         sizes = torch.stack([torch.linalg.vector_norm(t) for t in (arrived * returned_after, remainder)])
         rounding = ROUNDING * torch.finfo(sizes.dtype).eps * sizes.sum()
-        slope, rise, off = self.ranks.mean(torch.stack([linear, remainder.sum(), rounding])).tolist()
-        return Change(slope, 2 * rise, off)
+        steepening = torch.sum(scale * self.likelihood.steepening(before, after))
+        told = self.ranks.mean(torch.stack([linear, remainder.sum(), rounding, steepening])).tolist()
+        return Change(told[0], 2 * told[1], *told[2:])
 
     def error(self, step: dict[str, Tensor], least: float) -> float:
         """Mean square of s ∇c after a step, for the s above ``least`` that makes it smallest.

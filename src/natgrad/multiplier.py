@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from natgrad import scaler as scalers
-from natgrad.distributed import Ranks, World
+from natgrad.distributed import Ranks
 from natgrad.fingerprint import fingerprint
 from natgrad.forward import Forward
 from natgrad.likelihoods import Likelihood
-from natgrad.local_model import Change, LocalModel
+from natgrad.local_model import SAME_TERMS, Change, LocalModel
 from natgrad.memory import Kept, State
 from natgrad.quadratic import HALVINGS
 from natgrad.scaler import NOISE
@@ -85,25 +85,13 @@ class Promise(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of the latest pass of the previous step.
+    """Of the previous pass.
 
     Attributes:
         fingerprint: By which they are told from others; NaN without a previous pass.
-        parts: How many times as many data the step had, on all ranks.
     """
 
     fingerprint: float = math.nan
-    parts: float = 1.0
-
-
-def parts(state: State, world: World) -> float:
-    """How many times as many data as in one pass the previous step had; as many as there are ranks, if none is known.
-
-    Args:
-        state: Of the first layer's first parameter.
-        world: The ranks.
-    """
-    return float(state["inputs"][1]) if "inputs" in state else float(world.size)
 
 
 class LossMultiplier:
@@ -204,18 +192,17 @@ class LossMultiplier:
             scaler = 1.0 if self.scaler == 1 else product / loss
         elif product != 1 or (evaluate and not (told or "multiplier" in self.state)):
             real = {name: g for name, g in gradients.items() if not g.is_complex()}
-            scaler = scalers.told(scalers.ratio(real, self.local), product / loss, NOISE if told else 1.0)
+            scaler = scalers.told(scalers.compared(real, self.local), product / loss, NOISE if told else 1.0)
             # Of several passes the latest may well have another share in the gradients than its data have.
             alone = self.forward.terms(self.likelihood) == self.terms
             if not told and scaler not in (1.0, self.scaler) and scaler < scalers.LARGE:
-                scaler = scalers.unless_clipped(scalers.ratio(real, self.of_all())) if alone else 1.0
+                scaler = scalers.unless_clipped(scalers.compared(real, self.of_all())) if alone else 1.0
         if told:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
         if evaluate:
-            seen, own = self._inputs.fingerprint, self.forward.terms(self.likelihood)
-            latest = float(self.ranks.mean([fingerprint((self.forward.args, self.forward.kwargs))]))
-            self._inputs = Inputs(latest, self.ranks.world.size * self.terms / own if own else 1.0)
+            seen = self._inputs.fingerprint
+            self._inputs = Inputs(float(self.ranks.mean([fingerprint((self.forward.args, self.forward.kwargs))])))
             self.is_repeated = self._inputs.fingerprint == seen
 
     def in_doubt(self, finite: bool, back: Callable[[], Tensor]) -> bool:
@@ -265,15 +252,15 @@ class LossMultiplier:
         most, least = -back.slope - slope, -back.slope - (1 - noise) * slope
         tiny = torch.finfo(torch.float32).tiny
         low, high = least / max(bend, back.bend, tiny), most / max(min(bend, back.bend), tiny)
-        factor, tells = 1.0, bend > 0
+        factor, is_outlier = 1.0, False
         if low > SUSPECT and least > abs(slope):
-            factor = low if (tells := self._explains(step)) else 1.0
+            factor, is_outlier = (low, False) if self._explains(step) else (1.0, True)
         elif high < 1 / SUSPECT and bend > abs(slope) / 2:  # and not just cut short by the check
             factor = max(high, SHRINK)
         stands = not self._is_trusted or (factor == 1 and self._lets_stand(back))
         self._set(self.loss * factor, self.scaler)
-        if tells or factor != 1:
-            self._promise = self._promise._replace(is_trusted=factor == 1)
+        if not is_outlier:
+            self._promise = self._promise._replace(is_trusted=factor == 1 and bend > 0)
         return factor <= 1 and stands
 
     def _explains(self, step: dict[str, Tensor]) -> bool:
@@ -284,8 +271,9 @@ class LossMultiplier:
         Args:
             step: The previous one, by parameter name.
         """
-        forward = self.forward
-        if forward.find is not None or forward.weights is not None or forward.terms(self.likelihood) != self.terms:
+        forward, of_all = self.forward, self.terms * self.ranks.part * self.ranks.world.size
+        alone = math.isclose(forward.terms(self.likelihood), of_all, rel_tol=SAME_TERMS)
+        if not self.ranks.all(alone and forward.find is None and forward.weights is None):
             return True  # errors cannot be compared
         before = self.local.error({name: -s for name, s in step.items()}, SUSPECT)
         return not before > NOISE**2 * self._promise.error
@@ -297,7 +285,7 @@ class LossMultiplier:
         at either end of it, and is lost if the step is undone.
         """
         end = -back.slope
-        was_against = end > 0 and back.bend < UNCHANGED * end
+        was_against = end > 0 and 0 < back.steepening < UNCHANGED * end
         return was_against or Trust(self.state).lets_stand(self.promised, -back.total)
 
     def _is_steady(self, growth: float) -> bool:

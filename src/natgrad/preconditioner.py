@@ -26,8 +26,9 @@ from natgrad.inverses import INVERSES
 from natgrad.layers import Bases, Layer, Sharing, entry, partition, unwrap
 from natgrad.local_model import LocalModel
 from natgrad.losses import Declared, resolve
+from natgrad.memory import number
 from natgrad.metric import Metric
-from natgrad.multiplier import LossMultiplier, parts
+from natgrad.multiplier import LossMultiplier
 from natgrad.options import check_fisher, check_inverse, check_numbers, check_periods, check_positive, module_of
 from natgrad.schedule import Period
 from natgrad.trust import Trust
@@ -234,8 +235,7 @@ class Preconditioner:
         self._whole = {p: whole(p.grad) for p in parameters if is_sharded(p.grad)}
         gradients = {n: g for n, p in named.items() if (g := self.gradient(p)) is not None}
         finite = all_finite([*gradients.values(), *batch.tensors()])
-        if batch.latest is not None:
-            batch.latest.see_what_was_called()
+        batch.see_what_was_called()
         self.multiplier = self._multiplier(batch, stands is not None)
         if self.multiplier is not None:
             if finite:  # first, as a scaler that has doubled would make the previous step look wrong
@@ -263,17 +263,17 @@ class Preconditioner:
         return True
 
     def _count_step(self) -> None:
-        for layer in self.layers:
-            state = self._state(layer)
+        self._state(self.layers[0])["criteria"] = number(self.batch.criteria)
+        for name, state in self.states().items():
             state["step"] = state.get("step", torch.zeros(())) + 1
             if "A" in state:
-                state[states.MOVED] = torch.tensor(float(layer.name in self.metric.moved))
+                state[states.MOVED] = torch.tensor(float(name in self.metric.moved))
         self._look_out()
 
     def _look_out(self) -> None:
         """Settle what the next batch is to tell."""
         self.capture.step, self.capture.whole = self.steps, schedule.starts(self.steps, self.curvature_period)
-        self.capture.parts = parts(self._state(self.layers[0]), self.world)
+        self.capture.criteria = float(self._state(self.layers[0]).get("criteria", 1.0))
         known = {layer: self._state(layer).get("rows", torch.inf) for layer in self.layers}
         shares = {layer.name: share_known(rows, layer.dense_dimension) for layer, rows in known.items()}
         self.capture.due = schedule.due(self.steps, self.curvature_period, shares)

@@ -19,7 +19,7 @@ NOISE = 4.0
 POWER, LARGE = 0.02, 512.0
 
 
-def ratio(gradients: dict[str, Tensor], local: LocalModel) -> float:
+def compared(gradients: dict[str, Tensor], local: LocalModel) -> float:
     """gᵀd / (g_f · J d) along the gradients themselves, by parameter name; NaN where nothing is told."""
     there = local.slope(gradients)
     return sum(float(g.double().square().sum()) for g in gradients.values()) / there if there else math.nan

@@ -27,7 +27,10 @@ OF_BLOCK = ("scale", "spectrum", "shift")
 # Whether the factors are newer than their inverse.
 MOVED = "moved"
 # Kept with the first layer, for the whole network; and their sizes.
-OF_ALL = {**sizes(LossMultiplier, Trust, Pace, Undeclared), "smooth": 1, "repeats": 1, "parts": 1, "differences": 1}
+OF_ALL = {
+    **sizes(LossMultiplier, Trust, Pace, Undeclared),
+    **dict.fromkeys(("criteria", "smooth", "repeats", "parts", "differences"), 1),
+}
 
 
 def names(inverse: Sequence[str], sampling: bool) -> list[str]:
