@@ -41,6 +41,9 @@ from natgrad.torch_internals import is_transformed
 from natgrad.vectors import vectors
 from natgrad.waiting import Waiting, given, tell_of_forgotten
 
+# Criteria of a step, before the first one has shown how many there are: many, as nothing was learnt by heart yet.
+UNKNOWN = 1e6
+
 
 class Capture:
     """Hooks on ``model`` that fill a :class:`Batch`.
@@ -83,8 +86,8 @@ class Capture:
         self.batch_fraction, self.view, self.seed = batch_fraction, View(output, loss), seed
         self.world = world or World()
         # Whether gradients of the user's loss are kept as well, and curvature is smoothed, see `Likelihood.smoothed`;
-        # and for how many criteria, of which there is one at least.
-        self.sampling, self.criteria = False, 1.0
+        # and for how many criteria.
+        self.sampling, self.criteria = False, UNKNOWN
         self.attached = self.whole = True
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
         self.step = self._forward_seed = 0

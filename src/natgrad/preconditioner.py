@@ -18,7 +18,7 @@ from natgrad import damping as dampings
 from natgrad import diagnostics, exchange, noise, schedule
 from natgrad import state as states
 from natgrad.batch import Batch, Fisher, all_finite, full_precision, refuse_moved, tell_of_skipped
-from natgrad.capture import Capture
+from natgrad.capture import UNKNOWN, Capture
 from natgrad.clipping import Gradient, clip_scale
 from natgrad.distributed import Distributed, Ranks, World, is_sharded, like, reshard, whole
 from natgrad.factors import resolve_sharing, share_known
@@ -273,7 +273,7 @@ class Preconditioner:
     def _look_out(self) -> None:
         """Settle what the next batch is to tell."""
         self.capture.step, self.capture.whole = self.steps, schedule.starts(self.steps, self.curvature_period)
-        self.capture.criteria = float(self._state(self.layers[0]).get("criteria", 1.0))
+        self.capture.criteria = float(self._state(self.layers[0]).get("criteria", UNKNOWN))
         known = {layer: self._state(layer).get("rows", torch.inf) for layer in self.layers}
         shares = {layer.name: share_known(rows, layer.dense_dimension) for layer, rows in known.items()}
         self.capture.due = schedule.due(self.steps, self.curvature_period, shares)
