@@ -372,13 +372,16 @@ class Told:
     has_other_statistics = False
 
     def __init__(self, slope: float, bend: float, error: float = 0.0, steepening: float = 0.0) -> None:
-        self._change, self._error = Change(slope, bend, steepening=steepening), error
+        self._change, self._error, self._steepening = Change(slope, bend), error, steepening
 
     def change(self, step: object) -> Change:
         return self._change
 
     def error(self, step: object, least: float) -> float:
         return self._error
+
+    def steepening(self, step: object) -> float:
+        return self._steepening
 
 
 def test_a_loss_that_does_not_bend_tells_no_multiplier() -> None:

@@ -488,5 +488,5 @@ def test_steepening_is_the_change_of_the_slope(called: str, size: float) -> None
     (cross_entropy if called == "cross_entropy" else nll_loss)(model(x), y).backward()
     optimizer.preconditioner.update()
     with torch.no_grad():
-        change = optimizer.preconditioner.multiplier.local.change(step)
-    assert change.steepening == pytest.approx(float(slopes[1] - slopes[0]), rel=1e-9)
+        steepening = optimizer.preconditioner.multiplier.local.steepening(step)
+    assert steepening == pytest.approx(float(slopes[1] - slopes[0]), rel=1e-9)

@@ -70,13 +70,11 @@ class Change(NamedTuple):
         slope: The part by the gradient at the output.
         bend: Twice the rest, what the output's curvature adds.
         rounding: How far the sum may be off, by the rounding of outputs and sums in single precision.
-        steepening: By how much the slope along the output's way rises.
     """
 
     slope: float
     bend: float
     rounding: float = 0.0
-    steepening: float = 0.0
 
     @property
     def total(self) -> float:
@@ -194,16 +192,9 @@ class LocalModel:
         parameters = self._parameters(directions[0])
         tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
         previous, data = tangents[-1] if len(tangents) > 1 else None, self.forward.data / (self.ranks.part or 1.0)
+        known = self._known()
         self._before, self._products = along(
-            self._run,
-            parameters,
-            tangents,
-            previous,
-            data,
-            self._known(),
-            self.differentiates,
-            self.smooth,
-            self._forward_mode,
+            self._run, parameters, tangents, previous, data, known, self.differentiates, self.smooth, self._forward_mode
         )
         _, at = self._before
         root = self._weigh(at).sqrt()
@@ -239,10 +230,7 @@ class LocalModel:
 
     def change(self, step: dict[str, Tensor]) -> Change:
         """Of the loss if the parameters moved by ``step``, on the model's data and with its dropout in both places."""
-        parameters = self._parameters(step)
-        self._before = self._known() or self._run(parameters)
-        returned, before = self._before
-        returned_after, after = self._run(parameters, step)
+        (returned, before), (returned_after, after) = self._ends(step)
         scale = self._scale(before) * self._weigh(before)
         remainder = scale * self._remainder(before, after)
         users = at_least_float32(self._take(self.forward.output))
@@ -251,17 +239,21 @@ class LocalModel:
         linear = torch.sum(arrived * (returned_after - returned)) + torch.sum(shift * (after - before))
         sizes = torch.stack([torch.linalg.vector_norm(t) for t in (arrived * returned_after, remainder)])
         rounding = ROUNDING * torch.finfo(sizes.dtype).eps * sizes.sum()
-        steepening = torch.sum(scale * self.likelihood.steepening(before, after))
-        told = self.ranks.mean(torch.stack([linear, remainder.sum(), rounding, steepening])).tolist()
-        return Change(told[0], 2 * told[1], *told[2:])
+        slope, rise, off = self.ranks.mean(torch.stack([linear, remainder.sum(), rounding])).tolist()
+        return Change(slope, 2 * rise, off)
+
+    def steepening(self, step: dict[str, Tensor]) -> float:
+        """By how much the slope of the loss, along the way that the output goes, rises over a step."""
+        (_, before), (_, after) = self._ends(step)
+        steeper = self._weigh(before) * self.likelihood.steepening(before, after)
+        return float(self.ranks.mean(self._scale(before) * torch.sum(steeper)))
 
     def error(self, step: dict[str, Tensor], least: float) -> float:
         """Mean square of s ∇c after a step, for the s above ``least`` that makes it smallest.
 
         Where the step takes back one that was made for a loss s times as large, that is what the error was before it.
         """
-        parameters = self._parameters(step)
-        (_, before), (_, after) = self._known() or self._run(parameters), self._run(parameters, step)
+        (_, before), (_, after) = self._ends(step)
         g, change = self._gradient(), self.likelihood.gradient_change(before, after)
         emphasis = self._emphasis(g)
         along, square = self.ranks.mean(torch.stack([(emphasis * t).sum() for t in (-g * change, change**2)])).tolist()
@@ -290,6 +282,12 @@ class LocalModel:
     def is_finite(self, step: dict[str, Tensor]) -> bool:
         """Whether the output would be finite if the parameters moved by ``step``."""
         return self.ranks.all(bool(self._run(self._parameters(step), step)[1].isfinite().all()))
+
+    def _ends(self, step: dict[str, Tensor]) -> tuple[Outputs, Outputs]:
+        """The outputs before and after a step."""
+        parameters = self._parameters(step)
+        self._before = self._known() or self._run(parameters)
+        return self._before, self._run(parameters, step)
 
     def _known(self) -> Outputs | None:
         """The outputs here if they are known, be it from the loop's own pass."""

@@ -246,7 +246,7 @@ class LossMultiplier:
         is_certain = self.bound[1] or not back.bend  # a loss that is linear in the output tells nothing of s
         # Trust by an earlier step may have been a mistake.
         if is_certain or (self._is_trusted and not Trust(self.state).refutes(self.promised, -back.total)):
-            return self._lets_stand(back)
+            return self._lets_stand(step, back)
         # By the slope that its own batch saw at its start: so much of that is noise, and was never there on other data.
         noise = 0.0 if self.is_repeated else self._noise()
         most, least = -back.slope - slope, -back.slope - (1 - noise) * slope
@@ -257,7 +257,7 @@ class LossMultiplier:
             factor, is_outlier = (low, False) if self._explains(step) else (1.0, True)
         elif high < 1 / SUSPECT and bend > abs(slope) / 2:  # and not just cut short by the check
             factor = max(high, SHRINK)
-        stands = not self._is_trusted or (factor == 1 and self._lets_stand(back))
+        stands = not self._is_trusted or (factor == 1 and self._lets_stand(step, back))
         self._set(self.loss * factor, self.scaler)
         if not is_outlier:
             self._promise = self._promise._replace(is_trusted=factor == 1 and bend > 0)
@@ -278,15 +278,22 @@ class LossMultiplier:
         before = self.local.error({name: -s for name, s in step.items()}, SUSPECT)
         return not before > NOISE**2 * self._promise.error
 
-    def _lets_stand(self, back: Change) -> bool:
+    def _lets_stand(self, step: dict[str, Tensor], back: Change) -> bool:
         """Whether a step is left as it was; not if the loss rose by too much, unless that is no matter of its length.
 
         A batch that was against the step from the start, as one with an event that is rare, has a gradient that is good
         at either end of it, and is lost if the step is undone.
+
+        Args:
+            step: The previous one, by parameter name.
+            back: By how much the loss changes if it is taken back.
         """
-        end = -back.slope
-        was_against = end > 0 and 0 < back.steepening < UNCHANGED * end
-        return was_against or Trust(self.state).lets_stand(self.promised, -back.total)
+        trust, end = Trust(self.state), -back.slope
+        if end > 0 and trust.refutes(self.promised, -back.total):
+            steepening = self.local.steepening({name: -s for name, s in step.items()})
+            if 0 < steepening < UNCHANGED * end:
+                return True
+        return trust.lets_stand(self.promised, -back.total)
 
     def _is_steady(self, growth: float) -> bool:
         """Whether there is a gradient scaler as before, after S s was seen to become so many times larger."""
