@@ -203,7 +203,7 @@ class Categorical(criterion.Smoothable):
 
     def counted(self, output: Tensor, gradient: Tensor) -> Tensor:
         """Position by position."""
-        return (gradient != 0).any(dim=1, keepdim=True).to(gradient.dtype)
+        return (gradient.abs().amax(dim=1, keepdim=True) != 0).to(gradient.dtype)
 
     def shares(self, output: Tensor, gradient: Tensor) -> Tensor | None:
         """With the weights that the loop multiplies by; where all targets are labels, g = w (p − e_k) shows them."""
@@ -237,19 +237,20 @@ def _weights_of_labels(output: Tensor, gradient: Tensor) -> Tensor | None:
     Of two classes a gradient is that of some label whatever the target is: weights are believed if they are those of
     the classes.
     """
-    (least, label), (most, other) = gradient.min(dim=1, keepdim=True), gradient.max(dim=1, keepdim=True)
-    log_p = output.gather(1, torch.cat([label, other], dim=1)) - output.logsumexp(dim=1, keepdim=True)
-    missing, p = -torch.expm1(log_p[:, :1]), log_p[:, 1:].exp()
+    p, is_label = output.softmax(dim=1), gradient < 0
+    least, missing = gradient.amin(dim=1, keepdim=True), 1 - (p * is_label).sum(dim=1, keepdim=True)
     # Where a label is met to many digits, these tell no weight.
-    clear = (least < 0) & (missing > 0.01) & (p > 0)
+    clear = (least < 0) & (missing > 0.01)
     weights = (-least / missing)[clear]
     if _are_alike(weights):
         return None
     if output.shape[1] == 2:
-        if not all(_are_alike(weights[label[clear] == k]) for k in (0, 1)):
+        if not all(_are_alike(weights[is_label[:, k : k + 1][clear]]) for k in (0, 1)):
             return None
-    elif not torch.allclose(weights, (most / p)[clear], rtol=ALIKE, atol=0.0):
-        return None
+    else:
+        most, other = gradient.max(dim=1, keepdim=True)
+        if not torch.allclose(weights, (most / p.gather(1, other))[clear], rtol=ALIKE, atol=0.0):
+            return None
     return torch.ones_like(missing).masked_scatter_(clear, weights / weights.median())
 
 
