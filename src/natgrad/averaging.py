@@ -192,8 +192,9 @@ class Progress(NamedTuple):
             factor = min(factor / SHRINK, 1.0)
         elif not gains:
             factor *= SHRINK
-        least = (pace / RISE if gains else pace) or self.least  # none is known while no step is taken
-        return Progress(before=error, factor=factor, least=least)
+        # A rate that fell by more goes back to what it was without having to rise again, window by window.
+        least = min(pace / RISE if gains else pace, RISE * self.least or math.inf)
+        return Progress(before=error, factor=factor, least=least or self.least)  # while no step is taken
 
 
 class Pace:
