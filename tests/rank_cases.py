@@ -35,6 +35,7 @@ class Case(NamedTuple):
         sgd: Whether natgrad.Preconditioner comes before SGD, instead of natgrad.KFAC.
         penalty: How much of the parameters' squared length the loop adds to the loss.
         noise: Whether targets have nothing to do with the inputs, so that gradients are averaged over batches.
+        clip: The length to which the loop shortens the gradient.
     """
 
     options: dict[str, Any] = NOTHING
@@ -47,6 +48,7 @@ class Case(NamedTuple):
     sgd: bool = False
     penalty: float = 0.0
     noise: bool = False
+    clip: float = float("inf")
 
 
 class Ranks(NamedTuple):
@@ -146,6 +148,7 @@ class Training:
             own = loss * (len(x) * (1 if self.ranks is None else self.size) / DATA)
             rest = self.case.penalty * torch.stack([p.square().sum() for p in self.model.parameters()]).sum()
             (own + rest if self.case.penalty else own).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.case.clip)
 
     def steps(self, first: int, last: int) -> "Training":
         for step in range(first, last):

@@ -25,6 +25,7 @@ CASES = {
     "penalty": Case(penalty=1.0),
     "penalty, uneven": Case(penalty=1.0, uneven=True),
     "noise, uneven": Case(noise=True, uneven=True),
+    "shortened, uneven": Case(clip=0.1, uneven=True),
     "noise, classes, memory": Case(loss="cross_entropy", noise=True, inverses="memory"),
     "noise, fsdp": Case(wrapper="fsdp", noise=True),
     "float32": Case(dtype=torch.float32),
@@ -46,7 +47,7 @@ CASES = {
     "fsdp, float32": Case(dtype=torch.float32, wrapper="fsdp"),
 }
 QUICK = ["accumulated", "penalty, uneven", "memory, eigen", "half, uneven", "fsdp", "noise, uneven"]
-QUICK += ["before SGD, half, clipped"]
+QUICK += ["before SGD, half, clipped", "shortened, uneven"]
 FOUR = {"hsdp": Case(wrapper="hsdp"), "hsdp, given": Case(GIVEN, wrapper="hsdp", inverses="memory")}
 
 
@@ -56,6 +57,7 @@ def train(size: int, cases: list[Case]) -> list[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:natgrad. the loop's loss has terms:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:natgrad. the gradients of the parameters are less:RuntimeWarning")
 @pytest.mark.parametrize(
     ("size", "cases"),
     [

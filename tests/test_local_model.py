@@ -1,5 +1,6 @@
 """The model of the loss near the parameters against a dense Gauss-Newton matrix of the whole network."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +130,34 @@ def test_the_last_micro_batch_stands_for_all(loss: Loss) -> None:
     directions, whole = directions_of(model), (x.repeat(3, 1), y.repeat(3, *[1] * (y.ndim - 1)))
     M = of_natgrad(model, loss.told, x, directions, terms=resolve(loss.told).likelihood.terms(model(whole[0])))
     assert relative_error(M, dense(model, *whole, loss, directions)) < 1e-12
+
+
+@torch.no_grad()
+def test_the_spread_is_the_standard_error_of_the_slope() -> None:
+    """Of a linear network, whose slope is a sum over data; of a single datum nothing is known."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2))
+    step = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
+    for n in (7, 1):
+        x = torch.randn(n, 3)
+        own = (x @ step["0.weight"].mT + step["0.bias"]).sum(1)  # with a gradient of ones
+        expected = n**0.5 * float(own.std()) if n > 1 else math.inf
+        assert model_of(model, "mse", (x,)).spread(step) == pytest.approx(expected)
+
+
+@torch.no_grad()
+def test_the_spread_of_some_data_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few data with long gradients stand for themselves, each of the others for several."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(4000, 3)
+    step = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
+    spreads = []
+    for size in (1000, 4000):
+        monkeypatch.setattr(local_model, "MIN_DATA", size)
+        local = model_of(model, "mse", (x,))
+        assert local.size == size
+        spreads.append(size**0.5 * local.spread(step))
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.1)
 
 
 def test_keyword_inputs_and_selected_outputs() -> None:

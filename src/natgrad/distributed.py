@@ -19,6 +19,7 @@ not imported here: whoever has sharded a model has imported them.
 Source: Pauloski et al. (2021), KAISA, arXiv:2107.01739.
 """
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 Inverses = Literal["comm", "memory"] | float
+
+# Numbers of terms that differ by less are the same, summed in another order.
+SAME_TERMS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,15 @@ class Ranks:
     def all(self, flag: bool) -> bool:
         """Whether it is true on every rank."""
         return self.world.all(flag, self.like)
+
+    def all_alone(self, terms: float, mean: float) -> bool:
+        """Whether the pass of every rank is all that its loss is of, and there were none before it in the step.
+
+        Args:
+            terms: What the loss's reduction divides by in this rank's pass.
+            mean: What it divides by in the whole step, in the mean over ranks.
+        """
+        return self.all(math.isclose(terms, mean * self.part * self.world.size, rel_tol=SAME_TERMS))
 
 
 def _group(model: nn.Module) -> dist.ProcessGroup | None:

@@ -59,8 +59,6 @@ APART = 0.1
 REPEATED = 1e-6
 # Sums of terms that nearly cancel are off by so many times the rounding of the terms at most.
 ROUNDING = 16.0
-# Numbers of terms that differ by less are the same, summed in another order.
-SAME_TERMS = 1e-6
 
 
 class Change(NamedTuple):
@@ -210,10 +208,9 @@ class LocalModel:
         Returns:
             (2, k): the slopes, and what they would be if all their terms had one sign, by which rounding is measured.
         """
-        of_all = self.forward.terms(self.likelihood) / (self.ranks.part * self.ranks.world.size or 1.0)
-        is_all = self.has_all and math.isclose(of_all, self.total_terms, rel_tol=SAME_TERMS)
         # Together, as all of them take part in the mean or none.
-        if not self.ranks.all(is_all and not self._forward_mode.fails and self.forward.find is None):
+        exact = self.ranks.all(self.has_all and not self._forward_mode.fails and self.forward.find is None)
+        if not (exact and self.ranks.all_alone(self.forward.terms(self.likelihood), self.total_terms)):
             return None
         arrived = self._arrived() / self.scaler
         terms = [(arrived * product).double() for product in self._products]
@@ -248,17 +245,16 @@ class LocalModel:
         steeper = self._weigh(before) * self.likelihood.steepening(before, after)
         return float(self.ranks.mean(self._scale(before) * torch.sum(steeper)))
 
-    def error(self, step: dict[str, Tensor], least: float) -> float:
-        """Mean square of s ∇c after a step, for the s above ``least`` that makes it smallest.
-
-        Where the step takes back one that was made for a loss s times as large, that is what the error was before it.
-        """
-        (_, before), (_, after) = self._ends(step)
-        g, change = self._gradient(), self.likelihood.gradient_change(before, after)
-        emphasis = self._emphasis(g)
-        along, square = self.ranks.mean(torch.stack([(emphasis * t).sum() for t in (-g * change, change**2)])).tolist()
-        s = max(along / square, least) if square else least
-        return float(self.ranks.mean(torch.mean(emphasis * (g + s * change).square())))
+    def spread(self, step: dict[str, Tensor]) -> float:
+        """Standard error of the slope of ``change``: how far those of other batches are from it, as data differ."""
+        (returned, _), (returned_after, _) = self._ends(step)
+        terms = self._arrived() / self.scaler * (returned_after - returned)
+        own = terms.reshape(self.size, -1).sum(1).double()
+        variance = math.inf if self.size else 0.0
+        if self.size > 1:
+            squares = self.size * torch.sum(own.square() / self.emphasis) - own.sum() ** 2
+            variance = max(float(squares), 0.0) / (self.size - 1)
+        return math.sqrt(float(self.ranks.mean([self.ranks.part * variance])))
 
     def _remainder(self, before: Tensor, after: Tensor) -> Tensor:
         """Of each criterion, what the user's gradient at the output leaves of its change."""

@@ -32,7 +32,7 @@ from natgrad.distributed import Ranks
 from natgrad.fingerprint import fingerprint
 from natgrad.forward import Forward
 from natgrad.likelihoods import Likelihood
-from natgrad.local_model import SAME_TERMS, Change, LocalModel
+from natgrad.local_model import Change, LocalModel
 from natgrad.memory import Kept, State
 from natgrad.quadratic import HALVINGS
 from natgrad.scaler import NOISE
@@ -44,6 +44,8 @@ from natgrad.undeclared import Undeclared
 CLOSE = 0.05
 # Along a step, curvature on fresh data above this times the modelled one, or below its inverse, is no overfitting.
 SUSPECT = 3.0
+# A slope is another if it is so many standard errors away: of thousands of steps the most extreme are looked at.
+CERTAIN = 6.0
 # Where targets are unbounded, a squared gradient at the output that grew by this much makes the step a suspect.
 GROWTH = 1.5
 # So much smaller s becomes by one step at most: a short step shows noise rather than curvature.
@@ -159,6 +161,10 @@ class LossMultiplier:
         lower, exact, share = self.ranks.mean([bound, attained * bound, attained]).tolist()
         return (exact / share, True) if share > 0 else (lower, False)
 
+    @cached_property
+    def _is_alone(self) -> bool:
+        return self.ranks.all_alone(self.forward.terms(self.likelihood), self.terms)
+
     @property
     def loss(self) -> float:
         """s: what the loop multiplies the declared loss by."""
@@ -193,10 +199,9 @@ class LossMultiplier:
         elif product != 1 or (evaluate and not (told or "multiplier" in self.state)):
             real = {name: g for name, g in gradients.items() if not g.is_complex()}
             scaler = scalers.told(scalers.compared(real, self.local), product / loss, NOISE if told else 1.0)
-            # Of several passes the latest may well have another share in the gradients than its data have.
-            alone = self.forward.terms(self.likelihood) == self.terms
             if not told and scaler not in (1.0, self.scaler) and scaler < scalers.LARGE:
-                scaler = scalers.unless_clipped(scalers.compared(real, self.of_all())) if alone else 1.0
+                # Of several passes the latest may well have another share in the gradients than its data have.
+                scaler = scalers.unless_clipped(scalers.compared(real, self.of_all())) if self._is_alone else 1.0
         if told:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
@@ -252,31 +257,20 @@ class LossMultiplier:
         most, least = -back.slope - slope, -back.slope - (1 - noise) * slope
         tiny = torch.finfo(torch.float32).tiny
         low, high = least / max(bend, back.bend, tiny), most / max(min(bend, back.bend), tiny)
-        factor, is_outlier = 1.0, False
-        if low > SUSPECT and least > abs(slope):
-            factor, is_outlier = (low, False) if self._explains(step) else (1.0, True)
-        elif high < 1 / SUSPECT and bend > abs(slope) / 2:  # and not just cut short by the check
+        factor, is_whole = 1.0, bend > abs(slope) / 2  # and not just cut short by the check
+        if low > SUSPECT and least > abs(slope) and (is_whole or not self.bound[0]):
+            # What was seen to be right is not given up for what may be chance, as of a batch with an outlier.
+            excess = math.inf if self.is_repeated else least - SUSPECT * max(bend, back.bend)
+            factor = 1.0 if self._is_trusted and excess < CERTAIN * self._spread(step) else low
+        elif high < 1 / SUSPECT and is_whole:
             factor = max(high, SHRINK)
         stands = not self._is_trusted or (factor == 1 and self._lets_stand(step, back))
         self._set(self.loss * factor, self.scaler)
-        if not is_outlier:
-            self._promise = self._promise._replace(is_trusted=factor == 1 and bend > 0)
+        self._promise = self._promise._replace(is_trusted=factor == 1 and bend > 0)
         return factor <= 1 and stands
 
-    def _explains(self, step: dict[str, Tensor]) -> bool:
-        """Whether a larger s explains the error of fresh data: then it was as that of others before the step.
-
-        Of data with an outlier it is as large at either end of the step.
-
-        Args:
-            step: The previous one, by parameter name.
-        """
-        forward, of_all = self.forward, self.terms * self.ranks.part * self.ranks.world.size
-        alone = math.isclose(forward.terms(self.likelihood), of_all, rel_tol=SAME_TERMS)
-        if not self.ranks.all(alone and forward.find is None and forward.weights is None):
-            return True  # errors cannot be compared
-        before = self.local.error({name: -s for name, s in step.items()}, SUSPECT)
-        return not before > NOISE**2 * self._promise.error
+    def _spread(self, step: dict[str, Tensor]) -> float:
+        return self.local.spread({name: -s for name, s in step.items()})
 
     def _lets_stand(self, step: dict[str, Tensor], back: Change) -> bool:
         """Whether a step is left as it was; not if the loss rose by too much, unless that is no matter of its length.
@@ -296,8 +290,11 @@ class LossMultiplier:
         return trust.lets_stand(self.promised, -back.total)
 
     def _is_steady(self, growth: float) -> bool:
-        """Whether there is a gradient scaler as before, after S s was seen to become so many times larger."""
-        is_seen = "multiplier" in self.state and self.bound[1]
+        """Whether there is a gradient scaler as before, after S s was seen to become so many times larger.
+
+        Where only steps tell s, a scaler shows in nothing else; but there was none.
+        """
+        is_seen = "multiplier" in self.state and (self.bound[1] or (self._is_trusted and self.scaler == 1))
         return is_seen and 1 / NOISE < growth < NOISE and float(self.state["step"]) % EVERY != 0
 
     @property

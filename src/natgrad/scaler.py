@@ -8,6 +8,7 @@ scaler; but a scaler's number is a power of two.
 
 import math
 import warnings
+from functools import cache
 
 from torch import Tensor
 
@@ -48,10 +49,16 @@ def unless_clipped(ratio: float) -> float:
     if abs(exponent - round(exponent)) < POWER:
         return 2.0 ** round(exponent)
     if ratio < 1 / NOISE:
-        warnings.warn(
-            f"natgrad: the gradients were clipped to {ratio:.2g} of their length, and steps become as much shorter. "
-            "natgrad finds out how far to go: leave clipping out, as by `max_grad_norm=0.0` of a Trainer.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _tell_of_clipping()
     return 1.0
+
+
+@cache
+def _tell_of_clipping() -> None:
+    warnings.warn(
+        "natgrad: the gradients of the parameters are less than a quarter as long as the one at the output says. If "
+        "they were clipped, leave that out, as by `max_grad_norm=0.0` of a Trainer: natgrad finds out how far to go. "
+        "If the loss has terms besides the one that natgrad was told of, declare them too.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
