@@ -10,13 +10,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import jacrev
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    gaussian_nll_loss,
+    mse_loss,
+    nll_loss,
+    poisson_nll_loss,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
 import ranks
 from natgrad.joint import Joint, Part
-from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+from natgrad.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    LogCategorical,
+    MeanVariance,
+    Poisson,
+)
 from natgrad.losses import resolve
 from oracle import relative_error
 
@@ -103,6 +118,46 @@ def test_divergence_and_gradient_make_the_exact_change() -> None:
     change = torch.sum(gradient * (moved - f)) + R * likelihood.divergence(f, moved).sum()
     assert torch.allclose(change, of_joined(likelihood, moved) - of_joined(likelihood, f), atol=1e-12)
     assert torch.allclose(R * likelihood.gradient_change(f, moved), after - gradient, atol=1e-12)
+
+
+def test_targets_count_where_they_do_not_enter_linearly() -> None:
+    """A Poisson rate and a learnt variance: what they change by depends on the data's targets, not on expected ones."""
+    drawn = several()
+    heads = {"rate": drawn["mask"].exp(), "normal": torch.stack([drawn["size"], drawn["size"].exp()], dim=1)}
+    likelihood = Joint({"rate": Part(3.0, Poisson(log_input=False)), "normal": Part(0.5, MeanVariance())})
+    f = likelihood.join(likelihood.heads(heads))
+    moved = 1.3 * f
+    y = several(1)
+
+    def value(f: Tensor) -> Tensor:
+        rate, normal = likelihood.split(f)
+        counts = poisson_nll_loss(rate, y["mask"].exp().round(), log_input=False)
+        return 3 * counts + 0.5 * gaussian_nll_loss(normal[:, 0], y["size"], normal[:, 1])
+
+    R, gradient = likelihood.scale(likelihood.terms(f)), torch.func.grad(value)(f)
+    change = torch.sum(gradient * (moved - f)) + R * likelihood.remainder(f, moved, gradient / R).sum()
+    assert torch.allclose(change, value(moved) - value(f), atol=1e-12)
+
+
+def test_nothing_but_what_is_of_the_sum_is_left_to_the_defaults() -> None:
+    """A method that a likelihood gains and that heads are not asked for would be that of no head."""
+    methods = {name for name, kept in vars(Likelihood).items() if callable(kept) and not name.startswith("_")}
+    assert methods - vars(Joint).keys() == {"check", "terms", "scale", "counted"}
+
+
+def test_the_loss_that_was_called_is_known_head_by_head() -> None:
+    """``nll_loss`` of log-probabilities, declared as a cross-entropy, beside another head."""
+    drawn, y = several(), targets()
+    heads = {"class": drawn["class"].log_softmax(1).requires_grad_(), "size": drawn["size"].requires_grad_()}
+    likelihood = Joint({"class": Part(1.0, Categorical()), "size": Part(1.0, Gaussian())})
+    gradients = torch.autograd.grad(
+        nll_loss(heads["class"], y["class"]) + mse_loss(heads["size"], y["size"]), [*heads.values()]
+    )
+    f = likelihood.join(likelihood.heads(heads)).detach()
+    called = likelihood.as_called(f, likelihood.join(gradients))
+    assert isinstance(called.parts["class"].likelihood, LogCategorical)
+    assert called.parts["size"].likelihood is likelihood.parts["size"].likelihood
+    assert type(likelihood.parts["class"].likelihood) is Categorical
 
 
 def test_the_reach_is_that_of_every_head() -> None:

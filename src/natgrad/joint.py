@@ -106,12 +106,12 @@ class Joint(Likelihood):
 
     def smoothed(self, output: Tensor, number: float) -> "Joint":
         """Each head's own, of which a row has one criterion or more."""
-        smoothed, parts = copy(self), {}
-        for (key, part), head in zip(self.parts.items(), self.split(output), strict=True):
-            own = number * part.likelihood.criteria(head) / (len(output) or 1)
-            parts[key] = Part(part.weight, part.likelihood.smoothed(head, own))
-        smoothed.parts = parts
-        return smoothed
+        rows = len(output) or 1
+        return self._made(lambda one, f: one.smoothed(f, number * one.criteria(f) / rows), output)
+
+    def as_called(self, output: Tensor, gradient: Tensor) -> "Joint":
+        """Each head's own, if another of its outputs was called."""
+        return self._made(lambda one, f, g: one.as_called(f, g), output, gradient)
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """Each head's own draw, times √F."""
@@ -130,12 +130,13 @@ class Joint(Likelihood):
 
     def divergence(self, output: Tensor, moved: Tensor) -> Tensor:
         """Each head's own, times F; what is of several entries, as of all classes, is shared out among them."""
+        return self._each(lambda one, F, f, m: _shared_out(F * one.divergence(f, m), f), output, moved)
 
-        def shared(likelihood: Likelihood, F: float, head: Tensor, moved: Tensor) -> Tensor:
-            own = likelihood.divergence(head, moved)
-            return (F * own.numel() / head.numel() * own).expand_as(head)
-
-        return self._each(shared, output, moved)
+    def remainder(self, output: Tensor, moved: Tensor, gradient: Tensor) -> Tensor:
+        """Each head's own, times F and shared out likewise; ``gradient`` is F times each head's."""
+        return self._each(
+            lambda one, F, f, m, g: _shared_out(F * one.remainder(f, m, g / F), f), output, moved, gradient
+        )
 
     def gradient_change(self, output: Tensor, moved: Tensor) -> Tensor:
         """Each head's own, times F."""
@@ -184,6 +185,18 @@ class Joint(Likelihood):
         rest = [self.split(other) for other in others]
         made = [function(*scaled, *own) for scaled, *own in zip(self._scaled(output), *rest, strict=True)]
         return side_by_side(made)
+
+    def _made(self, function: Callable[..., Likelihood], *joined: Tensor) -> "Joint":
+        """A copy whose heads have what a function makes of each likelihood and the same head's part of others."""
+        made = copy(self)
+        own = zip(self.parts.items(), *map(self.split, joined), strict=True)
+        made.parts = {key: Part(part.weight, function(part.likelihood, *head)) for (key, part), *head in own}
+        return made
+
+
+def _shared_out(criteria: Tensor, head: Tensor) -> Tensor:
+    """The same sum, over the entries of a head."""
+    return (criteria.numel() / head.numel() * criteria).expand_as(head)
 
 
 def differing_lengths(heads: Sequence[Tensor]) -> tuple[int, ...]:
