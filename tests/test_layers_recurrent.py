@@ -65,6 +65,14 @@ def assert_same_run(module: nn.Module, *inputs: Any) -> None:
     for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
         assert ours.shape == theirs.shape
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)
+    assert_same_layout(actual[0], expected[0])
+
+
+def assert_same_layout(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """A model may view what it may view without natgrad, and add what it may add."""
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.is_contiguous() or not theirs.is_contiguous()
 
 
 @every_kind
@@ -106,6 +114,16 @@ def test_cells_compute_what_they_did(kind: str, bias: bool, given: bool) -> None
     make, own = CELLS[kind]
     states = [torch.randn(2, 4) for _ in range(2 if kind == "lstm" else 1)] if given else []
     assert_same_run(make(3, 4, bias=bias, **own), torch.randn(2, 3), *states)
+
+
+@pytest.mark.parametrize("module", [*KINDS.values(), *CELLS.values()], ids=lambda module: module[0].__name__)
+def test_under_autocast_the_precision_is_that_of_torch(module: Any) -> None:
+    """Of an LSTM another than of a GRU. Catches steps with curvature whose outputs cannot be added to the others'."""
+    make, own = module
+    plain = make(3, 4, **own).float()
+    x = torch.randn(*((5, 2, 3) if issubclass(make, nn.RNNBase) else (2, 3)), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_layout(tensors(watched(plain)(x)), tensors(plain(x)))
 
 
 def test_states_may_be_given_by_keyword() -> None:

@@ -85,6 +85,7 @@ class CellLayer(GateLayer):
         state = _initial(module, x, given)
         inputs, hidden = self.everything
         state = step(module, inputs.apply(x, recorder), hidden.apply(state[0], recorder), state)
+        state = _like(state, z if isinstance(module, nn.LSTMCell) else (z,))
         return state if isinstance(module, nn.LSTMCell) else state[0]
 
 
@@ -143,7 +144,10 @@ class _Replay:
         if self.chance is not None and self._draws(module):
             self.chance.restore()  # the module's own draw again, so that the stream goes on as it did
         output, state = self._run(module, x if module.batch_first else x.transpose(0, 1), given)
-        return output if module.batch_first else output.transpose(0, 1), state
+        # Laid out as torch has it, so that it can be viewed.
+        output = output if module.batch_first else output.transpose(0, 1).contiguous()
+        finals = _like(state, z[1]) if isinstance(state, tuple) else state.to(z[1].dtype)
+        return output.to(z[0].dtype), finals
 
     def _draws(self, module: nn.RNNBase) -> bool:
         return module.training and module.dropout > 0 and module.num_layers > 1
@@ -203,3 +207,8 @@ def _initial(module: nn.Module, x: Tensor, given: Any) -> State:
         return given if isinstance(given, tuple) else (given,)
     zeros = x.new_zeros(x.shape[0], cast(int, module.hidden_size))
     return (zeros, zeros) if isinstance(module, nn.LSTM | nn.LSTMCell) else (zeros,)
+
+
+def _like(state: State, returned: State) -> State:
+    """In the precision in which the module returned it, which under autocast is its own choice."""
+    return tuple(made.to(other.dtype) for made, other in zip(state, returned, strict=True))
