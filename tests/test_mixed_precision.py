@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 import natgrad
 from kfac_cases import assert_same, every_mode, network, train, values
@@ -179,6 +179,35 @@ def test_statistics_of_half_precision_are_single(half: str) -> None:
     A, G = optimizer.preconditioner.factors()["3"]
     assert relative_error(A, rows.T @ rows / 32) < 1e-6
     assert {A.dtype, G.dtype, optimizer.state[model[3].weight]["velocity"].dtype} == {torch.float32}
+
+
+class Residual(nn.Module):
+    """A residual network that adds to its hidden units in place; autograd allows that where it keeps a cast of them."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).float()
+        d = 10 * self.inner(h).float()
+        out: Tensor = self.last(h.add_(d) if self.in_place else h + d)
+        return out.float()
+
+
+def test_inputs_are_those_that_a_layer_saw_though_the_network_writes_to_them() -> None:
+    factors = []
+    for in_place in (False, True):
+        model = Residual(in_place)
+        preconditioner = natgrad.Preconditioner(model, "mse")
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(torch.linspace(-1, 1, 32).reshape(8, 4))
+        mse_loss(out, torch.ones(8, 2)).backward()
+        preconditioner.step()
+        factors.append(preconditioner.factors()["inner"][0])
+    assert torch.equal(factors[1], factors[0])
 
 
 def test_products_of_rows_in_half_precision_are_single() -> None:

@@ -177,6 +177,33 @@ def test_positions_that_all_data_share_get_from_a_few_of_them_what_all_would_sen
     torch.testing.assert_close(G, W.mT @ W, rtol=0, atol=0.05 * float(torch.linalg.matrix_norm(W) ** 2))
 
 
+class TimeFirst(nn.Module):
+    """A layer that sees the positions in the place of the data, as torch's recurrent networks and transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embed(x.transpose(0, 1)).mean(0))
+        return out
+
+
+def test_positions_are_no_data_where_there_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets what all data send: half of them would send half as much. Catches G of the share of a few data."""
+    torch.manual_seed(0)
+    x, traces = torch.randn(DATA, DATA, 6), []
+    for share in (rerun.SHARE, 0.0):
+        monkeypatch.setattr(rerun, "SHARE", share)
+        torch.manual_seed(0)
+        model = TimeFirst()
+        preconditioner = natgrad.Preconditioner(model, "mse", batch_fraction=FRACTION, damping=1.0, mc_samples=2000)
+        mse_loss(model(x), torch.ones(DATA, 2)).backward()
+        preconditioner.update()
+        traces.append(float(preconditioner.factors()["embed"][1].trace()))
+    assert traces[0] == pytest.approx(traces[1], rel=0.1)
+
+
 def test_a_part_that_did_not_stand_for_its_pass_is_not_tried_again() -> None:
     """Here rows are several of each datum, and no longer tell whose they are."""
     model = Positions(flattens=True)

@@ -57,6 +57,26 @@ def test_what_a_module_notes_is_of_the_loops_own_pass(data: tuple[Tensor, Tensor
     assert_same(dict(enumerate(grads[0])), dict(enumerate(grads[1])))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_model_may_be_traced_between_two_steps(data: tuple[Tensor, Tensor]) -> None:
+    """Catches curvature that is gathered of a pass that trains nothing, and that a tracer cannot write down."""
+    x, y = data
+    runs = []
+    for traces in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        optimizer = natgrad.KFAC(model, "cross_entropy")
+        for _ in range(3):
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if traces:
+                assert torch.equal(torch.jit.trace(model, x)(x), model(x).detach())
+                optimizer.preconditioner.capture.drop()
+        runs.append(dict(model.named_parameters()))
+    assert_same(runs[1], runs[0])
+
+
 def test_steps_leave_no_trace_in_modules(data: tuple[Tensor, Tensor]) -> None:
     x, y = data
     model = Noting()

@@ -201,6 +201,16 @@ def choose(
     return order[:kept], n / kept, order[:wide] if wide > kept else None
 
 
+def kept(x: Tensor, data: slice | Tensor) -> Tensor:
+    """Some of a layer's input, to be read once the model has returned.
+
+    Autograd sees to it that nobody writes to the input until then; but under autocast it keeps a cast of it.
+    """
+    is_shared, device = isinstance(data, slice), x.device.type
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x[data].clone() if is_shared and is_cast else x[data]
+
+
 def shuffled(data: int, seed: int, device: torch.device) -> Tensor:
     """The order in which data are chosen: from its start for the factors, from its end for the quadratic model."""
     return torch.randperm(data, generator=torch.Generator().manual_seed(seed)).to(device)

@@ -25,7 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from natgrad.batch import Batch, Fisher, full_precision
-from natgrad.calls import Call, choose, group
+from natgrad.calls import Call, choose, group, kept
 from natgrad.chance import Chance
 from natgrad.distributed import World
 from natgrad.forward import Ear, Forward, versions
@@ -37,7 +37,7 @@ from natgrad.outputs import Origin, Selection, View, rearrangement
 from natgrad.own_derivatives import OwnDerivatives
 from natgrad.passes import Passes
 from natgrad.rerun import Arguments, again, few, in_other_containers, is_watched, modes, stands_for
-from natgrad.torch_internals import is_transformed
+from natgrad.torch_internals import is_recorded, is_transformed
 from natgrad.vectors import vectors
 from natgrad.waiting import Waiting, given, tell_of_forgotten
 
@@ -186,9 +186,7 @@ class Capture:
         return self._passes.take()
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():  # by `model.compile()`, which takes the hooks in; the layers will be missed
-            return
-        if not self.attached:
+        if is_recorded() or not self.attached:
             return
         if self._calls is not None:
             self._nested += 1
@@ -220,7 +218,7 @@ class Capture:
             return
         fraction = self.batch_fraction if self.attached else 1.0  # of natgrad's own passes all
         data, upscale, more = choose(layer, z, blocks, fraction, self.world.size, self._forward_seed)
-        call = Call(layer, layer.owner, x[data], get_gradient_edge(z), data, upscale, blocks)
+        call = Call(layer, layer.owner, kept(x, data), get_gradient_edge(z), data, upscale, blocks)
         if more is not None:
             call.more, call.x = (inputs := x[more]), inputs[: len(call.x)]  # which shares its memory
         self._note(call, z)

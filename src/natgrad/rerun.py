@@ -293,9 +293,9 @@ def stands_for(part: Forward, uses: list[list[Call]], whole: Forward, chosen: Te
     if not torch.linalg.vector_norm(output - expected) <= tolerance * torch.linalg.vector_norm(expected):
         return False
     for call, before in zip(mine, theirs, strict=True):
-        if before.rows == whole.data:
+        if before.rows == whole.data and len(call.x) == len(chosen):
             call.data, call.upscale = slice(len(before.x)), before.upscale
-        elif len(call.x) == before.rows:
+        elif len(call.x) == before.rows:  # of what all data share, perhaps as many as data
             call.data, call.upscale = before.data, before.upscale * whole.data / len(chosen)
         else:  # rows of the data after all, several of each
             return False

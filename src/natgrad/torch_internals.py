@@ -19,6 +19,7 @@ __all__ = [
     "KeepsStatistics",
     "forward_hooks",
     "is_in_backward",
+    "is_recorded",
     "is_transformed",
     "not_compiled",
     "will_run",
@@ -33,6 +34,11 @@ def is_transformed() -> bool:
 def is_in_backward() -> bool:
     """Whether this is run by a backward pass, as a hook is, or what is checkpointed."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_recorded() -> bool:
+    """Whether the model runs to be written down, by ``torch.jit.trace`` or, hooks and all, by ``model.compile()``."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def will_run(node: Node) -> bool:
