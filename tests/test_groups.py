@@ -154,6 +154,20 @@ def test_an_unfrozen_layer_joins_and_is_trained_by_kfac(mode: dict[str, Any]) ->
     assert optimizer.preconditioner.steps + optimizer.undone_steps == 5
 
 
+def test_a_layer_that_joins_takes_no_momentum_from_the_others() -> None:
+    models = [network(), network()]
+    for model in models:
+        model[0].requires_grad_(False)
+    optimizers = [natgrad.KFAC(model, "mse", damping=0.1, fisher="exact", **NUMERIC) for model in models]
+    for optimizer in optimizers:
+        train(optimizer, 0, 1)
+    models[1][0].requires_grad_(True)
+    optimizers[1].add_param_group({"params": models[1][0].parameters()})
+    for optimizer in optimizers:
+        train(optimizer, 2)
+    assert torch.allclose(models[0][3].weight, models[1][3].weight, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 @pytest.mark.parametrize("mode", [{**NUMERIC, "momentum": 0.0}, AUTO], ids=str)
 def test_what_is_frozen_in_mid_run_rests_and_the_others_of_its_layer_are_trained(

@@ -129,7 +129,7 @@ def test_an_unused_layer_is_left_alone(mode: dict[str, Any]) -> None:
 
 @every_mode
 def test_a_layer_may_come_late(mode: dict[str, Any]) -> None:
-    """It has no previous step then; an automatic momentum waits until all of them have."""
+    """It has no previous step then, and takes no momentum from the others."""
     model = Skipping(skip=True)
     optimizer = natgrad.KFAC(model, "mse", **mode)
     with pytest.warns(UserWarning, match="layer 'second' received no data and no gradient"):
@@ -138,9 +138,7 @@ def test_a_layer_may_come_late(mode: dict[str, Any]) -> None:
     train(optimizer, 1)
     after = values(optimizer)
     assert all(not torch.equal(after[n], before[n]) for n in ("first.weight", "second.weight", "second.bias"))
-    assert optimizer.diagnostics()["momentum"] == (0.0 if "auto" in mode.values() else 0.9)
-    train(optimizer, 2)
-    assert optimizer.diagnostics()["momentum"] != 0.0 or optimizer.undone_steps
+    assert optimizer.diagnostics()["momentum"] != 0.0
 
 
 # State.

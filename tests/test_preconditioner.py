@@ -383,6 +383,23 @@ def test_the_state_of_another_model_is_refused_whole(other: nn.Module, text: str
     assert preconditioner.steps == 0
 
 
+def test_the_state_of_an_optimizer_is_refused() -> None:
+    training = Training()
+    with pytest.raises(ValueError, match=r"not saved by natgrad.Preconditioner; that of a natgrad.KFAC is for"):
+        training.preconditioner.load_state_dict(natgrad.KFAC(stack([3, 4, 2]), "mse").state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:natgrad. the training loop differentiates:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_gradients_with_a_graph_become_natural_ones_without() -> None:
+    """Of ``create_graph=True``: nothing would free what they are made of."""
+    training = Training()
+    x, y = batch(0)
+    mse_loss(training.model(x), y).backward(create_graph=True)
+    training.preconditioner.step()
+    assert not any(p.grad.requires_grad for p in training.model.parameters() if p.grad is not None)
+
+
 def test_replicas_in_threads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     wrapped = nn.DataParallel(stack([3, 2]))
     monkeypatch.setattr(wrapped, "device_ids", [0, 1], raising=False)

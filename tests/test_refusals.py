@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("float64")
         {"batch_fraction": "half"},
         {"sharing": "sum"},
         {"sharing": {"1": "reduce"}},
+        {"seed": 1.5},
         {"loss": "nll"},
     ],
     ids=repr,

@@ -257,6 +257,20 @@ def test_the_state_of_another_version_is_refused_and_named() -> None:
     assert new.preconditioner.steps == 0
 
 
+@pytest.mark.parametrize("mode", [{}, {"inverse": "ekfac"}, {"lr": 0.1, "momentum": 0.9}], ids=str)
+def test_a_run_goes_on_in_another_precision(mode: dict[str, Any]) -> None:
+    """Catches factors of one precision beside gradients of another."""
+    first = natgrad.KFAC(network(), "mse", **mode)
+    train(first, 0, 1, 2)
+    single = copy.deepcopy(first.preconditioner.model).float()
+    second = natgrad.KFAC(single, "mse", **mode)
+    second.load_state_dict(first.state_dict())
+    train(first, 3, 4)
+    train(second, 3, 4)
+    for one, same in zip(single.parameters(), first.preconditioner.model.parameters(), strict=True):
+        torch.testing.assert_close(one.double(), same, rtol=0.02, atol=1e-3)
+
+
 def test_files_are_read_without_trust() -> None:
     optimizer = natgrad.KFAC(network(), "mse")
     train(optimizer, 0)

@@ -1,5 +1,6 @@
 """What :class:`~natgrad.Preconditioner` and :class:`~natgrad.KFAC` both understand, and what is refused."""
 
+import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict, TypeGuard, get_args
@@ -46,7 +47,7 @@ def module_of(given: object) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "`model` was scripted or traced, and its layers cannot be watched any more: give natgrad the module that "
-            "it was made from, and script that after training."
+            "it was made from, and script that once the optimizer is gone (`del optimizer`)."
         )
     return model
 
@@ -80,8 +81,10 @@ def check_inverse(inverse: str, fisher: Fisher) -> None:
         raise ValueError('`inverse="ekfac"` needs gradients, and `fisher="forward"` has none: use another of the two.')
 
 
-def check_numbers(kl_clip: object, factor_decay: object, batch_fraction: object) -> None:
+def check_numbers(kl_clip: object, factor_decay: object, batch_fraction: object, seed: object) -> None:
     """Raise a ``ValueError`` for a number out of its range."""
+    if not isinstance(seed, int):
+        raise ValueError(f"`seed` must be a whole number, not {seed!r}.")
     if factor_decay != "auto" and not (is_number(factor_decay) and 0 <= factor_decay < 1):
         raise ValueError(f'`factor_decay` must be in [0, 1) or "auto", not {factor_decay!r}.')
     if batch_fraction != "auto" and not (is_number(batch_fraction) and 0 < batch_fraction <= 1):
@@ -110,5 +113,5 @@ def is_number(value: object) -> TypeGuard[float]:
 def check_rate(name: str, value: object, word: str | None = None) -> None:
     """Raise a ``ValueError`` for a rate that is neither ``word`` nor a non-negative number, perhaps as a tensor."""
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if not (number == word if isinstance(number, str) else is_number(number) and number >= 0):
+    if not (number == word if isinstance(number, str) else is_number(number) and 0 <= number < math.inf):
         raise ValueError(f"`{name}` must be a non-negative number{f' or {word!r}' if word else ''}, not {value!r}.")

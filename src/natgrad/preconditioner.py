@@ -105,7 +105,7 @@ class Preconditioner:
     ) -> None:
         called, self.loss = module_of(model), resolve(loss)
         check_fisher(fisher, self.loss.likelihood)
-        check_numbers(kl_clip, factor_decay, batch_fraction)
+        check_numbers(kl_clip, factor_decay, batch_fraction, seed)
         check_positive(mc_samples=mc_samples)
         check_periods(curvature_period=curvature_period, inverse_period=inverse_period)
         check_inverse(inverse, fisher)
@@ -183,6 +183,7 @@ class Preconditioner:
         """Number of steps taken, without those that were skipped for a gradient or statistic that was not finite."""
         return int(self._state(self.layers[0]).get("step", 0))
 
+    @torch.no_grad()
     def step(self) -> bool:
         """Replace ``.grad`` of every layer's parameters by the natural gradient.
 
@@ -361,10 +362,9 @@ class Preconditioner:
         """Load what ``state_dict`` returned, bitwise.
 
         Raises:
-            ValueError: when the layers or their sizes are not this model's; nothing is loaded then.
+            ValueError: when the state, its layers or their sizes are not this model's; nothing is loaded then.
         """
-        layers = {name: states.known(tensors) for name, tensors in state_dict["layers"].items()}
-        states.check(self.layers, layers)
+        layers = states.of_layers(self.layers, state_dict)
         for layer in self.layers:
             self.state[layer.parameters[0]] = states.copied(layers[layer.name], layer.parameters[0])
         self.skipped_steps = state_dict["skipped_steps"]

@@ -94,15 +94,27 @@ def known(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not _is_unknown(value)}
 
 
+def of_layers(layers: Sequence[Layer], state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is known of each layer, by its name, in what a preconditioner saved; checked as by :func:`check`."""
+    if "layers" not in state_dict:
+        raise ValueError(
+            "the state was not saved by natgrad.Preconditioner; that of a natgrad.KFAC is for a natgrad.KFAC to load."
+        )
+    given = {name: known(kept) for name, kept in state_dict["layers"].items()}
+    check(layers, given)
+    return given
+
+
 def _is_unknown(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and bool(whole(value).isnan().all())
 
 
 def copied(state: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
-    """On the device of the parameter, and of their own dtype whatever its; what is read as numbers is on the CPU."""
-    here = torch.device("cpu")
+    """On the device of the parameter and as precise as it is now; what is read as numbers stays, and on the CPU."""
+    wide = torch.promote_types(parameter.dtype, torch.float32)
     return {
-        name: t.to(parameter.device if t.ndim and name not in OF_ALL else here, copy=True) for name, t in state.items()
+        name: t.to(parameter.device, wide, copy=True) if t.ndim and name not in OF_ALL else t.to("cpu", copy=True)
+        for name, t in state.items()
     }
 
 

@@ -24,7 +24,7 @@ class EmbeddingLayer(WeightLayer):
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
         """Options that change the table or its gradient on the way."""
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        for option in ("sparse", "max_norm", "scale_grad_by_freq"):
             if getattr(module, option):
                 return f"{option} changes the table or its gradient"
         return None

@@ -14,6 +14,10 @@ class LinearLayer(WeightLayer):
 
     is_linear = True
 
+    def remember(self, x: Tensor, z: Tensor) -> Tensor:
+        """A single vector, (in,), as one row that all data share."""
+        return x if x.ndim > 1 else x.unsqueeze(0)
+
     def inputs(self, x: Tensor) -> Tensor:
         """(N, …, in) → (N, S, in)."""
         return x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])
