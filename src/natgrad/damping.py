@@ -5,9 +5,10 @@ numbers λ_A, λ_G and δ in
 
     (G + λ_G I) ⊗ (A + λ_A I) + δ I.
 
-A rule is a function from the one to the other. Three are enough:
+A rule is a function from the one to the other. There are four:
 
 - ``per_factor``: λ_A and λ_G as given.
+- ``exact``: δ as given, and neither of the two, for inverses that know the eigenvalues of the product.
 - ``pi_split``: factored Tikhonov damping, λ_A = π √δ and λ_G = √δ / π with π² = mean diag A / mean diag G (Martens and
   Grosse 2015, arXiv:1503.05671, section 6.3).
 - ``automatic``: λ_A from what the data say of noise, λ_G from the curvature of the whole network.

@@ -53,7 +53,7 @@ class KFAC(torch.optim.Optimizer):
         momentum: A number, or ``"auto"``: as for ``lr``. If both are automatic and batches turn out to be mostly noise,
             gradients are averaged over them instead (:mod:`natgrad.averaging`).
         damping: As for :class:`~natgrad.Preconditioner`.
-        weight_decay: Decoupled: per step, the logarithm of parameters shrinks by this times the rate, which may be 1.
+        weight_decay: Decoupled: θ ← exp(−rate · weight_decay) θ at every step; an automatic rate may be as large as 1.
         kl_clip: Upper bound on lr² gᵀΔ; for a numeric ``lr`` only.
         **curvature: ``fisher``, ``mc_samples``, ``inverse``, ``factor_decay``, ``curvature_period``,
             ``inverse_period``, ``batch_fraction``, ``sharing``, ``output``, ``seed``: see

@@ -93,9 +93,9 @@ def check_numbers(kl_clip: object, factor_decay: object, batch_fraction: object,
         raise ValueError(f"`kl_clip` must be positive or None, not {kl_clip!r}.")
 
 
-def check_positive(**numbers: int) -> None:
+def check_positive(**given: int) -> None:
     """Raise a ``ValueError`` for a keyword that is not a whole number from one on."""
-    for name, number in numbers.items():
+    for name, number in given.items():
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, not {number!r}.")
 

@@ -1,4 +1,4 @@
-"""Stage 2, where a loss module is watched: forward passes whose output it has not seen yet."""
+"""Stage 3, where a loss module is watched: forward passes whose output it has not seen yet."""
 
 import warnings
 from collections import deque
