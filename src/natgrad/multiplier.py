@@ -13,7 +13,8 @@ at the output, g_f, which natgrad sees. Three things tell S s:
       s = (g_f(θ) · h − g_f(θ − v) · h) / Σ 2 R KL,    h = f(θ) − f(θ − v)
 
   holds whatever the network does in between. The first slope was seen by the step's own batch alone, of which the share
-  of noise is taken off. A step s ≫ 1 times too long is taken back, once it is seen to be.
+  of noise is taken off. A step s ≫ 1 times too long is taken back, once it is seen to be. An s that was seen to be
+  right is given up only for what the batch's data, as they differ, do not explain by chance.
 
 S alone (:mod:`natgrad.scaler`) takes a pass of the model, and is looked at where S s has changed by much, and now and
 then.
