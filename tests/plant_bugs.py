@@ -453,7 +453,7 @@ BUGS = {
     "states in the precision of zeros": Bug("layers/recurrent.py", "finals = _like(state, z[1]) if isinstance(state, tuple)", "finals = state if isinstance(state, tuple)", "test_layers_recurrent.py"),
     "inputs that the network writes to": Bug("calls.py", "x[data].clone() if is_shared and", "x[data] if is_shared and", "test_mixed_precision.py"),
     "state in the precision that the model had": Bug("state.py", "t.to(parameter.device, wide, copy=True)", "t.to(parameter.device, copy=True)", "test_resume.py"),
-    "momentum lost to a layer that joins": Bug("optimizer.py", "if previous:  # what is new has not moved\n            previous = {p: previous.get(p, torch.zeros_like(direction)) for p, direction in natural.items()}", "if len(previous) < len(natural):\n            previous = {}", GROUPS),
+    "momentum lost to a layer that joins": Bug("optimizer.py", "previous = {p: torch.zeros_like(direction) for p, direction in natural.items()} | previous", "previous = {}", GROUPS),
     "what is traced taken for training": Bug("torch_internals.py", " or torch._C._get_tracing_state() is not None", "", "test_side_effects.py"),
     "natural gradients with a graph": Bug("preconditioner.py", "    @torch.no_grad()\n    def step", "    def step", "test_preconditioner.py"),
     "sparse gradients behind another reason": Bug("layers/embedding.py", '("sparse", "max_norm", "scale_grad_by_freq")', '("max_norm", "scale_grad_by_freq", "sparse")', LOOPS),

@@ -235,8 +235,8 @@ class KFAC(torch.optim.Optimizer):
             scale = clip_scale(natural, self.preconditioner.gradient, bound, shares)
             torch._foreach_mul_(list(natural.values()), scale)
         previous = {p: whole(self.state[p]["velocity"]) for p in natural if self._has_moved(p)}
-        if previous:  # what is new has not moved
-            previous = {p: previous.get(p, torch.zeros_like(direction)) for p, direction in natural.items()}
+        if 0 < len(previous) < len(natural):  # what is new has not moved
+            previous = {p: torch.zeros_like(direction) for p, direction in natural.items()} | previous
         onward = previous
         if min(shares.values()) < 1:  # steps are chosen among those that are so related
             natural = {p: direction * shares[p] for p, direction in natural.items()}
