@@ -455,7 +455,7 @@ BUGS = {
     "state in the precision that the model had": Bug("state.py", "t.to(parameter.device, wide, copy=True)", "t.to(parameter.device, copy=True)", "test_resume.py"),
     "momentum lost to a layer that joins": Bug("optimizer.py", "previous = {p: torch.zeros_like(direction) for p, direction in natural.items()} | previous", "previous = {}", GROUPS),
     "what is traced taken for training": Bug("torch_internals.py", " or torch._C._get_tracing_state() is not None", "", "test_side_effects.py"),
-    "natural gradients with a graph": Bug("preconditioner.py", "    @torch.no_grad()\n    def step", "    def step", "test_preconditioner.py"),
+    "natural gradients with a graph": Bug("preconditioner.py", "cast(Tensor, parameter.grad).detach()", "cast(Tensor, parameter.grad)", "test_preconditioner.py"),
     "sparse gradients behind another reason": Bug("layers/embedding.py", '("sparse", "max_norm", "scale_grad_by_freq")', '("max_norm", "scale_grad_by_freq", "sparse")', LOOPS),
     "an outlier told of as divergence": Bug("averaging.py", "return self._progress.lost >= IN_A_ROW and error", "return error", RATES),
     "outliers that add up": Bug("averaging.py", "lost=self.lost + 1 if self.is_lost(error) else 0.0,", "lost=self.lost + self.is_lost(error),", RATES),

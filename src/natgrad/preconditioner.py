@@ -9,7 +9,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +203,7 @@ class Preconditioner:
         for parameter in () if is_taken else self.model.parameters():
             parameter.grad = None
         for parameter, direction in natural.items() if is_taken else ():
-            assert parameter.grad is not None
+            parameter.grad = cast(Tensor, parameter.grad).detach()  # from a graph, of `create_graph=True`
             parameter.grad.copy_(like(direction.mul_(scale), parameter))
         self.release()
         return is_taken
