@@ -261,6 +261,16 @@ def after_four_steps(model: nn.Module, x: Tensor, y: Tensor) -> natgrad.KFAC:
     return optimizer
 
 
+def at_the_fifth_step(build: Callable[[], nn.Module], data: int, name: str, agree: bool) -> tuple[natgrad.KFAC, Tensor]:
+    """With a pass of the loop whose backward pass is over, and its output; what was seen before agrees or does not."""
+    torch.manual_seed(0)
+    model, x, y = build(), torch.randn(data, 3), torch.randn(data, 2)
+    optimizer = after_four_steps(model, x, y)
+    assert bool(optimizer.state[next(iter(model.parameters()))][name]) is agree
+    mse_loss(output := model(x), y).backward()
+    return optimizer, output
+
+
 def local_model_of(optimizer: natgrad.KFAC) -> LocalModel:
     """Of the pass whose backward pass is over."""
     multiplier = optimizer.preconditioner._multiplier(optimizer.preconditioner.capture.ahead[-1])
@@ -287,14 +297,9 @@ def test_the_loops_own_pass_is_taken_for_natgrads_where_it_is_repeated(
     build: Callable[[], nn.Module], repeats: bool
 ) -> None:
     """Seen at the first steps; catches outputs of another state, or of another mode, taken for those here."""
-    torch.manual_seed(0)
-    model, x, y = build(), torch.randn(20, 3), torch.randn(20, 2)
-    optimizer = after_four_steps(model, x, y)
-    state = optimizer.state[next(iter(model.parameters()))]
-    assert bool(state["repeats"]) is repeats
-    mse_loss(output := model(x), y).backward()
+    optimizer, output = at_the_fifth_step(build, 20, "repeats", repeats)
     with torch.no_grad():
-        model.eval()  # as a loop may, before it takes the step
+        optimizer.preconditioner.model.eval()  # as a loop may, before it takes the step
         known = local_model_of(optimizer)._known()
     assert (known is not None) is repeats
     assert known is None or torch.equal(known[-1], output)
@@ -310,12 +315,7 @@ def test_the_loops_own_pass_is_taken_for_that_of_some_data_where_it_is_the_same(
     build: Callable[[], nn.Module], repeats: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then no pass is made to begin with; catches outputs of other data, and of data that depend on each other."""
-    torch.manual_seed(0)
-    model, x, y = build(), torch.randn(300, 3), torch.randn(300, 2)
-    optimizer = after_four_steps(model, x, y)
-    state = optimizer.state[next(iter(model.parameters()))]
-    assert bool(state["parts"]) is repeats
-    mse_loss(output := model(x), y).backward()
+    optimizer, output = at_the_fifth_step(build, 300, "parts", repeats)
     passes, run = [], LocalModel._run
     monkeypatch.setattr(LocalModel, "_run", lambda local, p: passes.append(p) or run(local, p))
     with torch.no_grad():

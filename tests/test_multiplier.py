@@ -17,7 +17,7 @@ from kfac_cases import assert_same, values
 from kfac_cases import network as with_adamw
 from natgrad import local_model, multiplier, scaler
 from natgrad.forward import Forward
-from natgrad.likelihoods import Categorical, Gaussian
+from natgrad.likelihoods import Categorical, Gaussian, Likelihood
 from natgrad.local_model import Change
 from natgrad.multiplier import CERTAIN, EVERY, LossMultiplier
 from natgrad.quadratic import HALVINGS
@@ -366,6 +366,11 @@ def a_pass() -> Forward:
     return Forward((), {}, torch.zeros(3, 1), [])
 
 
+def of(state: dict[str, Any], told: Any, likelihood: Likelihood | None = None) -> LossMultiplier:
+    """That of a pass of three data whose local model is ``told``."""
+    return LossMultiplier(state, lambda **_: told, a_pass(), likelihood or Gaussian(), 3.0)
+
+
 class Told:
     """A local model that tells the same change of every step."""
 
@@ -388,7 +393,7 @@ class Told:
 def test_a_loss_that_does_not_bend_tells_no_multiplier() -> None:
     """It was divided by its bend, and s became 10³⁷."""
     state: dict[str, Any] = {"promise": torch.tensor([-1.0, 0.0, 1.0, 0.0])}
-    multiplier = LossMultiplier(state, lambda **_: Told(-2.0, 0.0), a_pass(), Gaussian(), 3.0)  # type: ignore[arg-type, return-value]
+    multiplier = of(state, Told(-2.0, 0.0))
     multiplier.accepts({})
     assert multiplier.loss == 1.0
 
@@ -396,7 +401,7 @@ def test_a_loss_that_does_not_bend_tells_no_multiplier() -> None:
 def test_a_multiplier_that_was_trusted_is_looked_at_again_where_a_step_is_refuted() -> None:
     """One step that told nothing had made it trusted for good, and each that followed was too long and undone."""
     state: dict[str, Any] = {"promise": torch.tensor([-1.0, 1.0, 1.0, 1.0])}
-    multiplier = LossMultiplier(state, lambda **_: Told(-10.0, 2.0), a_pass(), Gaussian(), 3.0)  # type: ignore[arg-type, return-value]
+    multiplier = of(state, Told(-10.0, 2.0))
     assert not multiplier.accepts({})
     assert multiplier.loss == pytest.approx((10 + 1) / 2)
     assert multiplier.promised == -0.5
@@ -407,7 +412,7 @@ def test_a_step_that_a_batch_was_against_from_the_start_is_not_undone(steepening
     """Batches with an event that is rare were: each undid the step before, and its own gradient was thrown away."""
     state: dict[str, Any] = {"promise": torch.tensor([-1.0, 1.0, 1.0, 1.0])}
     told = Told(-5.0, 0.5, steepening=steepening)
-    multiplier = LossMultiplier(state, lambda **_: told, a_pass(), Categorical(), 3.0)  # type: ignore[arg-type, return-value]
+    multiplier = of(state, told, Categorical())
     multiplier.bound = 1.0, True
     assert multiplier.accepts({}) is stands
     assert Trust(state).caution == (1.0 if stands else 0.25)
@@ -418,7 +423,7 @@ def test_a_step_that_a_batch_was_against_from_the_start_is_not_undone(steepening
 def test_chance_is_no_multiplier(spread: float, trusted: float) -> None:
     """Each batch that differed much from others made a wrong s of one that had been seen to be right."""
     state: dict[str, Any] = {"promise": torch.tensor([-1.0, 1.0, 1.0, trusted])}
-    multiplier = LossMultiplier(state, lambda **_: Told(-10.0, 2.0, spread), a_pass(), Gaussian(), 3.0)  # type: ignore[arg-type, return-value]
+    multiplier = of(state, Told(-10.0, 2.0, spread))
     multiplier.accepts({})
     found = not trusted or spread < (10 + 1 - 3 * 2) / CERTAIN
     assert multiplier.loss == pytest.approx((10 + 1) / 2 if found else 1.0)
@@ -429,7 +434,7 @@ def test_chance_is_no_multiplier(spread: float, trusted: float) -> None:
 def test_a_step_cut_short_tells_nothing_where_targets_do(bend: float, bound: float, found: bool) -> None:
     """A loss that is not the declared one, as a symmetric contrastive one, made s 245 at the first step."""
     state: dict[str, Any] = {"promise": torch.tensor([-1.0, bend, 1.0, 0.0])}
-    multiplier = LossMultiplier(state, lambda **_: Told(-10.0, 2.0), a_pass(), Categorical(), 3.0)  # type: ignore[arg-type, return-value]
+    multiplier = of(state, Told(-10.0, 2.0), Categorical())
     multiplier.bound = bound, False
     multiplier.accepts({})
     assert multiplier.loss == pytest.approx((10 + 1) / 2 if found else 1.0)
@@ -438,7 +443,7 @@ def test_a_step_cut_short_tells_nothing_where_targets_do(bend: float, bound: flo
 def test_a_batch_that_is_seen_again_leaves_nothing_to_chance() -> None:
     state: dict[str, Any] = {"promise": torch.tensor([-1.0, 1.0, 1.0, 1.0])}
     told = Told(-10.0, 2.0, math.inf)
-    multiplier = LossMultiplier(state, lambda **_: told, a_pass(), Gaussian(), 3.0)  # type: ignore[arg-type, return-value]
+    multiplier = of(state, told)
     multiplier.is_repeated = True
     multiplier.accepts({})
     assert multiplier.loss == pytest.approx(5.5)
@@ -454,8 +459,8 @@ def test_a_scaler_is_looked_for_now_and_then(s: float, monkeypatch: pytest.Monke
         "multiplier": torch.tensor([s, 1.0]),
         "step": torch.tensor(1.0),
     }
-    LossMultiplier(state, lambda **_: Told(-10.0, 2.0), a_pass(), Gaussian(), 3.0).update({}, evaluate=True)  # type: ignore[arg-type, return-value]
+    of(state, Told(-10.0, 2.0)).update({}, evaluate=True)
     assert seen == []
     state["step"] = torch.tensor(16.0)
-    LossMultiplier(state, lambda **_: Told(-10.0, 2.0), a_pass(), Gaussian(), 3.0).update({}, evaluate=True)  # type: ignore[arg-type, return-value]
+    of(state, Told(-10.0, 2.0)).update({}, evaluate=True)
     assert len(seen) == (s != 1)

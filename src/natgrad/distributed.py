@@ -230,14 +230,14 @@ class Ranks:
         """Whether it is true on every rank."""
         return self.world.all(flag, self.like)
 
-    def all_alone(self, terms: float, mean: float) -> bool:
-        """Whether the pass of every rank is all that its loss is of, and there were none before it in the step.
+    def is_alone(self, terms: float, mean: float) -> bool:
+        """Whether the pass of this rank is all that its loss is of, and there were none before it in the step.
 
         Args:
             terms: What the loss's reduction divides by in this rank's pass.
             mean: What it divides by in the whole step, in the mean over ranks.
         """
-        return self.all(math.isclose(terms, mean * self.part * self.world.size, rel_tol=SAME_TERMS))
+        return math.isclose(terms, mean * self.part * self.world.size, rel_tol=SAME_TERMS)
 
 
 def _group(model: nn.Module) -> dist.ProcessGroup | None:

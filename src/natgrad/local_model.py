@@ -209,8 +209,8 @@ class LocalModel:
             (2, k): the slopes, and what they would be if all their terms had one sign, by which rounding is measured.
         """
         # Together, as all of them take part in the mean or none.
-        exact = self.ranks.all(self.has_all and not self._forward_mode.fails and self.forward.find is None)
-        if not (exact and self.ranks.all_alone(self.forward.terms(self.likelihood), self.total_terms)):
+        is_all = self.has_all and self.ranks.is_alone(self.forward.terms(self.likelihood), self.total_terms)
+        if not self.ranks.all(is_all and not self._forward_mode.fails and self.forward.find is None):
             return None
         arrived = self._arrived() / self.scaler
         terms = [(arrived * product).double() for product in self._products]

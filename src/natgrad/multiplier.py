@@ -162,10 +162,6 @@ class LossMultiplier:
         lower, exact, share = self.ranks.mean([bound, attained * bound, attained]).tolist()
         return (exact / share, True) if share > 0 else (lower, False)
 
-    @cached_property
-    def _is_alone(self) -> bool:
-        return self.ranks.all_alone(self.forward.terms(self.likelihood), self.terms)
-
     @property
     def loss(self) -> float:
         """s: what the loop multiplies the declared loss by."""
@@ -202,7 +198,8 @@ class LossMultiplier:
             scaler = scalers.told(scalers.compared(real, self.local), product / loss, NOISE if told else 1.0)
             if not told and scaler not in (1.0, self.scaler) and scaler < scalers.LARGE:
                 # Of several passes the latest may well have another share in the gradients than its data have.
-                scaler = scalers.unless_clipped(scalers.compared(real, self.of_all())) if self._is_alone else 1.0
+                alone = self.ranks.all(self.ranks.is_alone(self.forward.terms(self.likelihood), self.terms))
+                scaler = scalers.unless_clipped(scalers.compared(real, self.of_all())) if alone else 1.0
         if told:
             loss = product / scaler
         self._set(loss if abs(loss - 1) > CLOSE else 1.0, scaler)
@@ -244,7 +241,7 @@ class LossMultiplier:
         """
         slope, bend, _, _ = self._promise
         if not self._finite_output:
-            if not self.local.is_finite({name: -s for name, s in step.items()}):
+            if not self.local.is_finite(_reversed(step)):
                 return True
             self.reject()
             return False
@@ -262,16 +259,13 @@ class LossMultiplier:
         if low > SUSPECT and least > abs(slope) and (is_whole or not self.bound[0]):
             # What was seen to be right is not given up for what may be chance, as of a batch with an outlier.
             excess = math.inf if self.is_repeated else least - SUSPECT * max(bend, back.bend)
-            factor = 1.0 if self._is_trusted and excess < CERTAIN * self._spread(step) else low
+            factor = 1.0 if self._is_trusted and excess < CERTAIN * self.local.spread(_reversed(step)) else low
         elif high < 1 / SUSPECT and is_whole:
             factor = max(high, SHRINK)
         stands = not self._is_trusted or (factor == 1 and self._lets_stand(step, back))
         self._set(self.loss * factor, self.scaler)
         self._promise = self._promise._replace(is_trusted=factor == 1 and bend > 0)
         return factor <= 1 and stands
-
-    def _spread(self, step: dict[str, Tensor]) -> float:
-        return self.local.spread({name: -s for name, s in step.items()})
 
     def _lets_stand(self, step: dict[str, Tensor], back: Change) -> bool:
         """Whether a step is left as it was; not if the loss rose by too much, unless that is no matter of its length.
@@ -285,7 +279,7 @@ class LossMultiplier:
         """
         trust, end = Trust(self.state), -back.slope
         if end > 0 and trust.refutes(self.promised, -back.total):
-            steepening = self.local.steepening({name: -s for name, s in step.items()})
+            steepening = self.local.steepening(_reversed(step))
             if 0 < steepening < UNCHANGED * end:
                 return True
         return trust.lets_stand(self.promised, -back.total)
@@ -343,7 +337,7 @@ class LossMultiplier:
         return -self._back(step).total
 
     def _back(self, step: dict[str, Tensor]) -> Change:
-        return self.local.change({name: -s for name, s in step.items()})
+        return self.local.change(_reversed(step))
 
     def reject(self) -> None:
         """No step was short enough to lower the loss: if s was never seen to be right, it is too small.
@@ -388,3 +382,8 @@ class LossMultiplier:
         self._multiplier = Multiplier(loss, scaler)
         if "local" in self.__dict__:  # made before: what it has evaluated still holds
             self._tell(self.local)
+
+
+def _reversed(step: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What takes a step back."""
+    return {name: -s for name, s in step.items()}
