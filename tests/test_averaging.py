@@ -15,6 +15,7 @@ from natgrad.averaging import (
     LONGER,
     PERSISTENT,
     RISE,
+    RISING,
     SHORTEST_WINDOW,
     SHRINK,
     WINDOW,
@@ -108,7 +109,7 @@ def test_rates_rise_once_a_window_and_where_the_error_fell(error: float, rises: 
     for window in ([1.0] * SHORTEST_WINDOW, [error] * SHORTEST_WINDOW):
         for number, latest in enumerate(window):
             state["step"] = torch.tensor(float(number))
-            one.note(latest, 0.0)
+            one.note(latest, 0.0, of_residuals=True)
             one.measure(2.0, 1e-6)
     expected = 2 + rises  # in the first window, and after it, as it had nothing to compare with
     assert one.ratio == pytest.approx(4.0 / RISE**expected)
@@ -124,8 +125,8 @@ def test_a_rate_that_fell_by_much_comes_back_without_climbing_window_by_window(e
     window = Progress(before=1.0, least=1.0)
     for _ in range(SHORTEST_WINDOW):
         window = window.note(error, 0.1, -1.0)
-    assert window.next(pace=40.0).least == RISE
-    assert window._replace(least=0.0).next(pace=40.0).least == (40.0 / RISE if error < 1 else 40.0)
+    assert window.next(pace=40.0, of_residuals=True).least == RISE
+    assert window._replace(least=0.0).next(pace=40.0, of_residuals=True).least == (40.0 / RISE if error < 1 else 40.0)
 
 
 def test_the_noise_left_is_that_of_independent_gradients() -> None:
@@ -189,7 +190,7 @@ def test_an_average_that_starts_anew_is_not_followed_to_infinity() -> None:
     one.rest()
     for number in range(4 * SHORTEST_WINDOW):  # windows end, and nothing is measured
         state["step"] = torch.tensor(100.0 + number)
-        one.note(1.0, 0.0)
+        one.note(1.0, 0.0, of_residuals=True)
     one.measure(2.0, 0.0)
     assert one.rate <= one.factor * RISE * ANEW / 4 * (1 + 1e-6)
 
@@ -211,7 +212,7 @@ def progress(errors: list[float], slope: float = 0.0, step: float = 0.0, factor:
     state["progress"] = torch.tensor(Progress(factor=factor))
     for number, error in enumerate(errors):
         state["step"] = torch.tensor(step + number)
-        one.note(error, slope)
+        one.note(error, slope, of_residuals=True)
     return one.factor
 
 
@@ -245,16 +246,27 @@ def test_an_error_that_tells_nothing_is_no_reason_for_shorter_steps(slope: float
     assert progress([1.0] * 4 * SHORTEST_WINDOW, slope) == pytest.approx(expected**3)
 
 
+@pytest.mark.parametrize("rising", [False, True])
+def test_an_error_of_no_residuals_is_no_reason_either(rising: bool) -> None:
+    """It grows as variances are learnt: catches steps of a hundredth while noise hides that the loss falls."""
+    window = Progress(before=1.0)
+    for number in range(16):
+        window = window.note(2.0, 0.1 if rising or number % 3 else -0.1, -1.0)
+    assert (window.slopes > RISING * math.sqrt(window.squares)) == rising
+    assert window.next(1.0, of_residuals=False).factor == (SHRINK if rising else 1.0)
+    assert window.next(1.0, of_residuals=True).factor == SHRINK
+
+
 def test_slopes_that_noise_explains_are_no_evidence() -> None:
     """One large slope downhill among others; the rate may rise no more either, after such a window."""
     window = Progress(before=1.0)
     for number in range(SHORTEST_WINDOW):
         window = window.note(1.0, -1.0 if number == 0 else 0.1, -1.0)
-    after = window.next(pace=2.0)
+    after = window.next(pace=2.0, of_residuals=True)
     assert (after.factor, after.least) == (SHRINK, 2.0)
     for _ in range(SHORTEST_WINDOW):
         after = after.note(1.0, -0.01, -1.0)
-    again = after.next(pace=4.0)
+    again = after.next(pace=4.0, of_residuals=True)
     assert (again.factor, again.least) == (SHRINK, 4.0 / RISE)
     assert again[:3] == (0.0, 0.0, 0.0)
     assert again[6:] == (0.0, 0.0, 0.0)
@@ -280,7 +292,7 @@ def test_a_single_batch_counts_for_no_more_than_the_whole_slope() -> None:
     state["progress"] = torch.tensor(Progress(factor=0.5))
     for number in range(SHORTEST_WINDOW):
         state["step"] = torch.tensor(float(number))
-        one.note(1.0, 0.0 if number else -1e6)
+        one.note(1.0, 0.0 if number else -1e6, of_residuals=True)
     assert one.factor == 0.5
 
 
@@ -288,5 +300,5 @@ def test_after_a_step_that_was_not_taken_nothing_persists() -> None:
     state: dict[str, Tensor] = {}
     one = pace(state)
     one.rest()
-    one.note(1.0, -1.0)
+    one.note(1.0, -1.0, of_residuals=True)
     assert state["progress"].tolist()[:3] == [1.0, 1.0, 0.0]

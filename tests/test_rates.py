@@ -304,10 +304,10 @@ def test_errors_are_compared_with_the_window_before() -> None:
     assert pace.has_lost(21.0)
     for error in (21.0, 21.0, 21.0, 201.0):
         assert not pace.diverges(201.0)
-        pace.note(error, 0.0)
+        pace.note(error, 0.0, of_residuals=True)
     assert not pace.diverges(199.0)
     assert pace.diverges(201.0)
-    pace.note(19.0, 0.0)  # the others were those of outliers
+    pace.note(19.0, 0.0, of_residuals=True)  # the others were those of outliers
     assert not pace.diverges(201.0)
     first = Pace({"progress": torch.tensor(Progress())})
     assert not first.has_lost(1e9)
@@ -322,7 +322,7 @@ def test_an_error_that_stays_a_thousandfold_is_seen_whenever_it_begins(onset: in
     for step in range(onset + 10):
         pace.state["step"] += 1
         error = 1000.0 if step >= onset else 1.0
-        pace.note(error, 0.0)
+        pace.note(error, 0.0, of_residuals=True)
         seen += pace.diverges(error)
         assert step > onset + 2 or not seen
     assert seen

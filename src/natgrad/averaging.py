@@ -18,8 +18,10 @@ Where gᵀΔ < uᵀΔ the average is out of date: the step is shortened as much,
 The factor f is 1 until there is no more progress; noise then makes steps undo each other, and they become shorter.
 Where the slope along a step is still mostly there when it has been taken, they become longer again. Progress is an
 error of new batches that falls, the squared gradient at the output, or a loss that still falls where steps end: that
-of absolute errors, learnt variances and moving targets does not show in the error. Both are looked at over windows that
-grow with the number of steps, so that f cannot fall faster than a power of it.
+of absolute errors and moving targets does not show in the error. Both are looked at over windows that
+grow with the number of steps, so that f cannot fall faster than a power of it. Where the error is no residual, as of
+learnt variances, mixtures and likelihoods of a user's own, it tells nothing: there steps become shorter only where the
+loss rises where they end, as it does where they swing about what they cannot reach.
 
 Measured in ``docs/decisions.md``.
 """
@@ -46,8 +48,9 @@ RISE, ANEW = 2.0, 100.0
 # A window is this share of the steps before it, and no fewer than so many steps.
 WINDOW, SHORTEST_WINDOW = 0.25, 8
 # Error must fall by this share from one window to the next, or f by SHRINK, unless the loss still falls where steps end
-# by CERTAIN standard deviations; f grows where more than PERSISTENT of the slope persists on average.
-GAIN, SHRINK, CERTAIN, PERSISTENT = 0.002, 0.7, 1.0, 0.3
+# by FALLING standard deviations, or, where the error is no residual, does not rise by RISING; f grows where more than
+# PERSISTENT of the slope persists on average.
+GAIN, SHRINK, FALLING, RISING, PERSISTENT = 0.002, 0.7, 1.0, 2.0, 0.3
 # Squared gradients at the output this many times what they were in the window before say that training diverges, if
 # they are so in a row.
 LOST, IN_A_ROW = 10.0, 4
@@ -182,10 +185,10 @@ class Progress(NamedTuple):
         """Whether an error is so much above that of the window before that no noise is that large."""
         return error > LOST * self.before > 0
 
-    def next(self, pace: float) -> "Progress":
-        """The window after this one, which is over."""
+    def next(self, pace: float, of_residuals: bool) -> "Progress":
+        """The window after this one, which is over; with the pace, and whether errors are squared residuals."""
         error = self.errors / self.steps
-        falls = self.slopes < -CERTAIN * math.sqrt(self.squares)
+        falls = self.slopes < (-FALLING if of_residuals else RISING) * math.sqrt(self.squares)
         gains = not self.before or error <= (1 - GAIN) * self.before or falls
         factor = self.factor
         if self.persisted > PERSISTENT * self.steps:
@@ -293,17 +296,18 @@ class Pace:
         if self.known:
             self._latest = Latest(pace=0.0)
 
-    def note(self, error: float, slope: float) -> None:
+    def note(self, error: float, slope: float, of_residuals: bool) -> None:
         """Follow the progress, once for each batch.
 
         Args:
             error: Mean squared gradient at the output.
             slope: Of the loss along the latest step, by the gradient of this batch.
+            of_residuals: Whether the error is one of squared residuals, which fall with the loss.
         """
         latest = self._progress.note(error, slope, self._latest.slope)
         is_over = latest.steps >= max(SHORTEST_WINDOW, WINDOW * (float(self.state["step"]) - latest.steps))
         if is_over and not 0 < latest.lost <= IN_A_ROW:  # it will be seen whether these are outliers
-            latest = latest.next(self._latest.pace)
+            latest = latest.next(self._latest.pace, of_residuals)
         self._progress = latest
 
     def forget(self) -> None:

@@ -28,9 +28,10 @@ class Likelihood(ABC):
 
     Attributes:
         of_labels: Whether targets can only be labels, at each of which ∇c has the size that ``reach`` tells.
+        of_residuals: Whether ∇c is what is predicted less its target, so that its square falls with the loss.
     """
 
-    of_labels = False
+    of_labels = of_residuals = False
 
     def __init__(self, reduction: Reduction = "mean") -> None:
         if reduction not in get_args(Reduction):

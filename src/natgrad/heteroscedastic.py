@@ -21,6 +21,8 @@ class Poisson(Smoothable, Elementwise):
         log_input: Whether the output is the logarithm of the rate, or the rate.
     """
 
+    of_residuals = True
+
     def __init__(self, reduction: Reduction = "mean", log_input: bool = True) -> None:
         super().__init__(reduction)
         self.log_input = log_input

@@ -56,6 +56,7 @@ class Joint(Likelihood):
                 f"{', '.join(repr(part.likelihood) for part in parts.values()) or 'none at all'}."
             )
         super().__init__("sum" if sums.pop() else "batchmean")
+        self.of_residuals = all(part.likelihood.of_residuals for part in parts.values())
         self.parts = dict(parts)
         self._shapes: list[torch.Size] = []
         self.lengths: tuple[int, ...] = ()

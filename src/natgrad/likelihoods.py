@@ -60,6 +60,8 @@ class Gaussian(criterion.Elementwise):
         half: Whether the loss has the ½ of the criterion; by default, for ``"batchmean"`` only.
     """
 
+    of_residuals = True
+
     def __init__(self, reduction: Reduction = "mean", half: bool | None = None) -> None:
         super().__init__(reduction)
         self.half = reduction == "batchmean" if half is None else half
@@ -84,6 +86,8 @@ class Gaussian(criterion.Elementwise):
 
 class Bernoulli(criterion.Smoothable, criterion.Elementwise):
     """Binary cross-entropy of logits, as torch's ``BCEWithLogitsLoss``."""
+
+    of_residuals = True
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """p − y with y drawn from Bernoulli(p)."""
@@ -122,7 +126,7 @@ ALIKE = 1e-3
 class Categorical(criterion.Smoothable):
     """Cross-entropy of logits of shape (N, C) or (N, C, T…), as torch's ``CrossEntropyLoss``."""
 
-    of_logits = True
+    of_logits = of_residuals = True
 
     def check(self, output: Tensor) -> None:
         """Refuse outputs without at least two classes in dimension 1."""
@@ -268,7 +272,7 @@ class LogCategorical(Categorical):
     log-probabilities are logits like any others, as a constant that is added to all of them makes no difference.
     """
 
-    of_logits, of_labels = False, True
+    of_logits, of_labels, of_residuals = False, True, False
 
     def check_gradient(self, gradient: Tensor) -> None:
         """Tell of entries above zero, too: to every target the loss is minus one of its inputs."""

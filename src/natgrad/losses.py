@@ -275,15 +275,22 @@ def _hint(module: nn.Module) -> str:
     )
 
 
+def _of_weighed_errors(module: nn.Module, reduction: Reduction) -> Gaussian:
+    """Of a squared error whose weights rise as errors fall, so that its gradient does not tell of progress."""
+    likelihood = Gaussian(reduction, half=True)
+    likelihood.of_residuals = False
+    return likelihood
+
+
 _MODULES: dict[type[nn.Module], tuple[Callable[[Any, Reduction], Likelihood], Weigh | None]] = {
     nn.MSELoss: (lambda module, reduction: Gaussian(reduction), None),
     nn.CrossEntropyLoss: (lambda module, reduction: Categorical(reduction), _weigh_cross_entropy),
     nn.BCEWithLogitsLoss: (lambda module, reduction: Bernoulli(reduction), _weigh_bernoulli),
     nn.NLLLoss: (lambda module, reduction: LogCategorical(reduction), _weigh_nll),
     nn.KLDivLoss: (lambda module, reduction: LogCategorical(reduction), _weigh_divergence),
-    nn.HuberLoss: (lambda module, reduction: Gaussian(reduction, half=True), _weigh_robust),
-    nn.SmoothL1Loss: (lambda module, reduction: Gaussian(reduction, half=True), _weigh_robust),
-    nn.L1Loss: (lambda module, reduction: Gaussian(reduction, half=True), _weigh_robust),
+    nn.HuberLoss: (_of_weighed_errors, _weigh_robust),
+    nn.SmoothL1Loss: (_of_weighed_errors, _weigh_robust),
+    nn.L1Loss: (_of_weighed_errors, _weigh_robust),
     nn.PoissonNLLLoss: (lambda module, reduction: Poisson(reduction, log_input=module.log_input), None),
-    nn.GaussianNLLLoss: (lambda module, reduction: Gaussian(reduction, half=True), _weigh_gaussian),
+    nn.GaussianNLLLoss: (_of_weighed_errors, _weigh_gaussian),
 }

@@ -181,7 +181,7 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     slopes = [dot(course.natural, course.gradient), dot(course.natural, averaged), course.slope()]
     own, slope, back = multiplier.ranks.mean(torch.stack([one.cpu() for one in slopes])).tolist()
     error = multiplier.error()
-    pace.note(error, back)
+    pace.note(error, back, multiplier.likelihood.of_residuals and not multiplier.undeclared.is_found)
     told: Told = {"shortening": pace.factor}
     multiplier.forget()
     if not (0 < own < math.inf and 0 < slope < math.inf):
