@@ -49,20 +49,39 @@ def model_of(
     return LocalModel(model, likelihood, select, forward, terms or forward.terms(likelihood))
 
 
-@pytest.mark.filterwarnings("ignore:natgrad")
-def test_differences_are_no_exact_slopes() -> None:
-    """Catches a loss that is declared and taken for another, as a fused recurrent network has no forward mode."""
-    model, x = nn.LSTM(3, 2).float(), torch.randn(4, 5, 3, dtype=torch.float32)
-    for linear in (True, False):
-        direction = {"weight": torch.randn(2, 3)} if linear else {"bias_hh_l0": torch.randn(8)}
-        local = model_of(
-            nn.Linear(3, 2).float() if linear else model,
-            "mse",
-            (x,),
-            select=lambda out: out[0] if type(out) is tuple else out,
-        )
-        local.curvature([direction])
-        assert (local.slopes() is None) is not linear
+class Rounded(torch.autograd.Function):
+    """Steps of a half, which its backward pass does not know of."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return (2 * z).round() / 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]  # of this function alone
+        return g
+
+
+@pytest.mark.parametrize("kind", ["linear", "fused", "jumps"])
+def test_slopes_are_those_of_the_backward_pass(kind: str) -> None:
+    """Catches a loss that is declared and taken for another where differences stand for derivatives."""
+    torch.manual_seed(0)
+    x, name = torch.randn(4, 5, 3), "bias_hh_l0" if kind == "fused" else "weight"
+    model: nn.Module = nn.LSTM(3, 2) if kind == "fused" else nn.Linear(3, 2)
+    if kind == "jumps":
+        model.register_forward_hook(lambda module, args, z: Rounded.apply(z))
+
+    def select(out: Any) -> Tensor:
+        selected: Tensor = out[0] if kind == "fused" else out
+        return selected
+
+    directions = [{name: torch.randn_like(model.get_parameter(name))} for _ in range(2)]
+    local = model_of(model, "mse", (x,), select=select)
+    local.curvature(directions)
+    slopes = local.slopes(directions)
+    (gradient,) = torch.autograd.grad(select(model(x)).sum(), [model.get_parameter(name)])
+    assert slopes is not None
+    torch.testing.assert_close(slopes[0], torch.stack([torch.sum(gradient * d[name]) for d in directions]))
+    assert (slopes[1] >= slopes[0].abs()).all()
 
 
 @torch.no_grad()

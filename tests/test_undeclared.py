@@ -44,9 +44,24 @@ def train(optimizer: natgrad.KFAC, model: nn.Linear, x: Tensor, y: Tensor, steps
         optimizer.step()
 
 
-def test_a_penalty_in_the_loop_is_found_and_its_optimum_reached() -> None:
+class Opaque(torch.autograd.Function):
+    """A function that torch cannot differentiate forwards."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]  # of this function alone
+        return g
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_a_penalty_in_the_loop_is_found_and_its_optimum_reached(opaque: bool) -> None:
     """The declared loss alone is least elsewhere, and would have to rise: catches a training that stands still."""
     model, x, y = regression()
+    if opaque:
+        model.register_forward_hook(lambda module, args, z: Opaque.apply(z))
     optimizer = natgrad.KFAC(model, "mse")
     train(optimizer, model, x, y, 60)
     found = torch.cat([model.weight, model.bias[:, None]], 1)
@@ -88,7 +103,7 @@ class Declared:
     def curvature(self, directions: Any) -> Tensor:
         return torch.eye(1)
 
-    def slopes(self) -> Tensor:
+    def slopes(self, directions: Any) -> Tensor:
         return self.told
 
 

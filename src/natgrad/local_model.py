@@ -40,6 +40,7 @@ from natgrad.derivatives import (
     along,
     directional_derivative,
     length,
+    pulled_back,
     without_graph,
 )
 from natgrad.distributed import Ranks, is_sharded, whole
@@ -202,7 +203,7 @@ class LocalModel:
         )
         return self.ranks.mean(self._scale(at) * (J @ HJ.mT))
 
-    def slopes(self) -> Tensor | None:
+    def slopes(self, directions: Sequence[dict[str, Tensor]]) -> Tensor | None:
         """Of the declared loss along the directions of the latest ``curvature``; None unless they are exact.
 
         Returns:
@@ -210,10 +211,15 @@ class LocalModel:
         """
         # Together, as all of them take part in the mean or none.
         is_all = self.has_all and self.ranks.is_alone(self.forward.terms(self.likelihood), self.total_terms)
-        if not self.ranks.all(is_all and not self._forward_mode.fails and self.forward.find is None):
+        is_exact = not (self._forward_mode.fails or (self.smooth is not None and self.smooth.is_refuted))
+        if not self.ranks.all(is_all and self.forward.find is None and (is_exact or not self._differentiates)):
             return None
         arrived = self._arrived() / self.scaler
-        terms = [(arrived * product).double() for product in self._products]
+        if is_exact:
+            terms = [(arrived * product).double() for product in self._products]
+        else:
+            pulled = pulled_back(self._run, self._parameters(directions[0]), arrived)
+            terms = [torch.cat([(g * d[name]).flatten().double() for name, g in pulled.items()]) for d in directions]
         return self.ranks.mean(torch.stack([torch.stack([t.sum(), t.abs().sum()]) for t in terms], dim=1))
 
     def slope(self, direction: dict[str, Tensor]) -> float:

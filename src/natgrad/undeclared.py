@@ -78,7 +78,7 @@ class Undeclared:
             directions: By parameter name; the last, if there are several, is the latest step.
             b: Slopes of the loop's loss along them.
         """
-        own = local.slopes() if self.is_found else None
+        own = local.slopes(directions) if self.is_found else None
         if own is None:
             return None
         slopes, squares = b - own[0], _products(directions)
@@ -117,7 +117,7 @@ class Undeclared:
             return
         local = of_all()
         local.curvature(directions)
-        own = local.slopes()
+        own = local.slopes(directions)
         if own is None:
             self._found = Found()
             return
