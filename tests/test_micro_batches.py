@@ -1,6 +1,7 @@
 """Gradients accumulated over several passes, with the loss told by name or as the module that the loop calls."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,51 @@ def test_micro_batches_of_one_size_say_what_the_batch_says(name: str) -> None:
     for parts in (1, 4):
         optimizer, _ = trained(module, module, target, parts, lambda v: v)
         assert optimizer.diagnostics(per_layer=False)["loss_multiplier"] == 1
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("sizes", [(40, 20), (20, 40), (10, 30, 20)])
+@pytest.mark.parametrize("told", ["cross_entropy", nn.CrossEntropyLoss()], ids=["by name", "as a module"])
+def test_micro_batches_of_unequal_size_count_as_the_loop_weighs_them(
+    fisher: Any, sizes: tuple[int, ...], told: Any
+) -> None:
+    """Each mean over the number P of them: G = Σ_p 1/(P n_p) Σ_n. Catches steps that learn a small one by heart.
+
+    They are judged by the pass whose data count for most, with the gradient that these had in the loss of all.
+    """
+    torch.manual_seed(0)
+    model, value, x, y = nn.Linear(4, 3), nn.CrossEntropyLoss(), random(DATA, 4), labels(3, DATA)
+    value = told if isinstance(told, nn.Module) else value
+    optimizer = natgrad.KFAC(model, told, fisher=fisher, batch_fraction=1.0, damping=0.1)
+    expected, errors = torch.zeros(3, 3), []
+    for some, targets in zip(x.split(sizes), y.split(sizes), strict=True):
+        (value(z := model(some), targets) / len(sizes)).backward()
+        p = z.detach().softmax(1)
+        errors.append(p - nn.functional.one_hot(targets, 3))
+        each = errors[-1].unsqueeze(2) * errors[-1].unsqueeze(1)
+        if fisher == "exact":
+            each = p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1)
+        expected += each.mean(0) / len(sizes)
+    batch = optimizer.preconditioner.capture.take()
+    factors, latest = batch.factors(optimizer.preconditioner.layers[0]), batch.latest
+    assert factors is not None
+    assert latest is not None
+    torch.testing.assert_close(factors[1], expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(latest.gradient, errors[sizes.index(min(sizes))] / DATA, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["classes", "bits"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_their_weights_are_no_multiplier(name: str, by_name: bool) -> None:
+    """Of 40 data of 60 a half of the loss was taken for 0.75 of it."""
+    named, module, target = LOSSES[name]
+    torch.manual_seed(0)
+    model = stack([4, 5, 3])
+    optimizer = natgrad.KFAC(model, named if by_name else module)
+    for x, y in zip(random(DATA, 4).split([40, 20]), target.split([40, 20]), strict=True):
+        (module(model(x), y) / 2).backward()
+    optimizer.step()
+    assert optimizer.diagnostics(per_layer=False)["loss_multiplier"] == 1
 
 
 def test_two_values_of_one_step_are_a_sum() -> None:

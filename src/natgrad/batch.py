@@ -5,6 +5,7 @@ make A and G in units of the loss.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from natgrad.calls import Call, Sample, alike, positions
 from natgrad.factors import Factors, Statistics, grown, join
-from natgrad.forward import Ear, Forward
+from natgrad.forward import ALIKE, Ear, Forward
 from natgrad.layers import Bases, Layer, Sharing
 from natgrad.losses import Loss
+from natgrad.targets import emphasis
 
 _logger = logging.getLogger("natgrad")
 
@@ -37,6 +39,7 @@ class Batch:
         data: Number of data, summed over the forwards.
         terms: What the loss's reduction divides by, summed over the forwards.
         criteria: How many criteria count, of all forwards and ranks.
+        emphasis: What the loop's loss multiplies a criterion by, on average over several forwards; NaN if unknown.
         latest: The latest forward, or one before it that was of more data.
         ears: Of all forwards.
         open: Uses that wait for the gradients of the user's backward pass, which is over when they are added.
@@ -54,6 +57,7 @@ class Batch:
     data: int = 0
     terms: float = 0.0
     criteria: float = 0.0
+    emphasis: float = math.nan
     latest: Forward | None = None
     ears: list[Ear] = field(default_factory=list)
     open: list[list[Call]] = field(default_factory=list)
@@ -100,6 +104,34 @@ class Batch:
         self.criteria += earlier.criteria
         if self.latest is None or self.latest.is_outweighed(earlier.latest):
             self.latest = earlier.latest
+
+    def balance(self, earlier: "Batch") -> None:
+        """Let each pass of a step count in the curvature by what the loop's loss multiplies its criteria by.
+
+        Means over micro-batches of unequal size, each divided by their number, count the data of a small one for more.
+        """
+        both = [one for one in (self, earlier) if one.latest is not None]
+        for one in both:
+            if one.forwards == 1 and one.latest is not None:
+                one.emphasis = one.latest.emphasis = emphasis(one.latest)
+        total = sum(one.terms for one in both)
+        mean = sum(one.terms * one.emphasis for one in both) / total if total else math.nan
+        for one in both:
+            share = one.emphasis / mean if mean else math.nan
+            if abs(share - 1) > ALIKE:
+                # The user's own gradients have it squared already.
+                one.weigh(1 / share if self.fisher == "empirical" else share)
+        self.emphasis = mean
+
+    def settle(self) -> None:
+        """Let the latest forward stand for all: its gradient becomes that of a loss multiplied as theirs on average."""
+        latest = self.latest
+        if latest is None or latest.gradient is None:
+            return
+        share = self.emphasis / latest.emphasis
+        if abs(share - 1) > ALIKE:
+            latest.gradient = latest.gradient * share
+            latest.multiplier = None if latest.multiplier is None else latest.multiplier * share
 
     def tensors(self) -> Iterator[Tensor]:
         """All sums, for a look at whether they are finite."""

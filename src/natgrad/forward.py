@@ -3,6 +3,7 @@
 :class:`~natgrad.capture.Capture` makes a :class:`Forward`; hooks on the graph add what the user's backward pass brings.
 """
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from natgrad.torch_internals import will_run
 
 # Of two passes, one whose gradient at the output is less than this share of the other's tells nothing of the loss.
 WEAK = 0.1
+# Passes that the user's loss multiplies by numbers this close to each other are multiplied by the same.
+ALIKE = 1e-3
 
 
 @dataclass
@@ -74,6 +77,8 @@ class Forward:
         likelihood: Of the declared loss; for several heads with the shapes of this pass's.
         versions: Of the arguments' tensors before the pass, see :func:`versions`.
         lengths: Of the heads, if these have different numbers of data: then rows of the output are no data.
+        emphasis: What the user's loss multiplies each criterion by, where there are several passes and this one tells;
+            NaN otherwise.
     """
 
     args: tuple[Any, ...]
@@ -95,6 +100,7 @@ class Forward:
     likelihood: Likelihood | None = None
     versions: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
+    emphasis: float = math.nan
 
     def listen(self, origins: Sequence[Origin]) -> None:
         """Note the gradient of the user's loss when it comes; natgrad's own backward passes must be over.
@@ -191,12 +197,15 @@ class Forward:
     def is_outweighed(self, other: "Forward | None") -> bool:
         """Whether another pass, whose backward pass is done as well, tells more of the loss.
 
-        That is the larger one, unless its gradient is next to nothing beside the other's.
+        That is the larger one, unless its gradient is next to nothing beside the other's; or the one whose criteria
+        count for more, as a step is fitted to these, and curved along it.
         """
         if other is None or other.gradient is None or self.gradient is None:
             return False
         if min(self.told, other.told) < WEAK * max(self.told, other.told):
             return self.told < other.told
+        if abs(other.emphasis / self.emphasis - 1) > ALIKE:
+            return other.emphasis > self.emphasis
         return other.data > self.data
 
     @cached_property

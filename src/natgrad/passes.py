@@ -73,8 +73,9 @@ class Passes:
             # Of the others no backward pass can come any more, as the step changes the parameters.
             self.ahead = [batch for batch in self.ahead if batch.is_heard]
         self._put_aside(self.ahead)
-        batch, self._earlier, self.ahead = self._earlier, None, []
-        return batch or self._new()
+        batch, self._earlier, self.ahead = self._earlier or self._new(), None, []
+        batch.settle()
+        return batch
 
     def drop_what_lost_its_gradient(self, parameters: Sequence[nn.Parameter], _: Tensor | None = None) -> None:
         """Called before a backward pass: where no gradient is left, earlier ones enter no step, nor may their data."""
@@ -95,11 +96,10 @@ class Passes:
         if others:
             latest = max((batch.latest for batch in over if batch.latest), key=attrgetter("told"))
             for batch in others:
-                batch.follow(joined)
-                joined = batch
+                joined = _together(joined, batch)
             joined.latest = latest
         if self._earlier is not None:
-            joined.follow(self._earlier)
+            joined = _together(self._earlier, joined)
         self._earlier = joined
 
     def _drop_what_was_evaluated(self) -> None:
@@ -107,6 +107,13 @@ class Passes:
         self.hears = self.hears or any(batch.is_heard for batch in self.ahead)
         if self.hears:
             self.ahead = [batch for batch in self.ahead if not batch.is_deaf]
+
+
+def _together(earlier: Batch, batch: Batch) -> Batch:
+    """Of one step, whose gradients have come."""
+    batch.balance(earlier)
+    batch.follow(earlier)
+    return batch
 
 
 def is_there(gradient: Tensor | None) -> bool:

@@ -4,6 +4,8 @@ Where targets are bounded no gradient at the output is longer than they allow, a
 :mod:`natgrad.multiplier`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,15 @@ def at_least(forward: Forward, likelihood: Likelihood, terms: float) -> tuple[fl
     kept = (g.abs() > 64 * precision.tiny * precision.eps) & ((g > 0) | (reach > precision.eps**0.5))
     kept &= reach.isfinite() & (reach > 0)
     return _top(g.abs()[kept], likelihood.scale(terms) * reach[kept], likelihood.of_labels)
+
+
+def emphasis(forward: Forward) -> float:
+    """What the loop's loss multiplies each criterion of a pass by; NaN where the pass does not tell."""
+    if forward.likelihood is None or (forward.multiplier is not None and float(forward.multiplier) < 0):
+        return math.nan
+    terms = forward.terms(forward.likelihood)
+    bound, attained = at_least(forward, forward.likelihood, terms)
+    return bound * forward.likelihood.scale(terms) if attained else math.nan
 
 
 def _top(size: Tensor, reach: Tensor, of_labels: bool) -> tuple[float, bool]:
