@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 import natgrad
 from natgrad import derivatives
-from natgrad.derivatives import SMOOTH, Agreement, along, central_difference, directional_derivative
+from natgrad.derivatives import Jumps, along, central_difference, directional_derivative
 from oracle import relative_error
 from quadratic_cases import Direction, directions_of, network
 
@@ -191,17 +191,24 @@ def test_differences_of_such_networks_look_further_or_not_at_all(change: float, 
 
 
 class Rounded(nn.Module):
-    """Its derivative is declared to be that of the input."""
+    """To so many steps in a unit. Its derivative is declared to be that of the input."""
+
+    def __init__(self, steps: float = 8) -> None:
+        super().__init__()
+        self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + ((8 * x).round() / 8 - x).detach()
+        return x + ((self.steps * x).round() / self.steps - x).detach()
 
 
-@pytest.mark.parametrize("jumps", [False, True])
-def test_differences_across_jumps_are_not_taken_for_derivatives(jumps: bool) -> None:
-    """They grow as steps shrink, and rates would collapse: ever shorter steps see ever more curvature."""
+@pytest.mark.parametrize("steps", [0.0, 32.0, 4.0])
+def test_differences_across_jumps_are_not_taken_for_derivatives(steps: float) -> None:
+    """They grow as steps shrink, and rates would collapse: ever shorter steps see ever more curvature.
+
+    Across large jumps even wide ones are many times as long as the derivative, which is taken there.
+    """
     torch.manual_seed(0)
-    unit = Rounded() if jumps else nn.Softplus()
+    jumps, unit = steps > 0, Rounded(steps) if steps else nn.Softplus()
     model = nn.Sequential(nn.Linear(40, 300), unit, nn.Linear(300, 300), unit, nn.Linear(300, 5)).float()
     x = torch.randn(300, 40, dtype=torch.float32)
     output, parameters = function(model, x), {n: p.detach() for n, p in model.named_parameters()}
@@ -210,9 +217,10 @@ def test_differences_across_jumps_are_not_taken_for_derivatives(jumps: bool) -> 
     for step, times in ((1, 0.1), (2, 0.01), (20, 0.001), (21, 0.001)):
         state["step"] = torch.tensor(float(step))
         previous = {n: times * d for n, d in direction.items()}
-        _, (product,) = along(output, parameters, [direction], previous, 300, smooth=Agreement(state, "smooth", SMOOTH))
+        _, (product,) = along(output, parameters, [direction], previous, 300, jumps=(known := Jumps(state)))
         assert float(state["smooth"]) == (0 if jumps else 1 if step < 20 else 2)
-        if jumps:
+        assert known.are_crossed == (steps == 32)
+        if steps == 32:
             expected = central_difference(output, parameters, direction)[1][1]
         else:
             expected = directional_derivative(output, parameters, direction)[1][1]

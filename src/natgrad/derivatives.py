@@ -14,13 +14,15 @@ there a difference looks further, and must be larger.
 A network may jump where its backward pass pretends that it does not, as quantized and spiking units do. A difference
 across a jump is as large as the distance is short, so that one is compared with the derivative at first, and once more
 when steps are shorter. What the outputs of such a network do over a step is neither: there differences look half a
-percent of the parameters' length to both sides.
+percent of the parameters' length to both sides. Where even these are several times as long as the derivative, as of
+codes that are looked up, they are mostly jumps that come and go, and the derivative that is pretended serves better.
 """
 
 import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,6 +42,8 @@ _logger = logging.getLogger("natgrad")
 
 # A difference is the derivative if it is no further from it, relative to its length; looked at again after some steps.
 SMOOTH, AGAIN = 0.3, 16
+# One over half a percent of the parameters' length serves in its place if it is no further from it than that.
+FAR = 2.5
 
 Named = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -80,9 +84,35 @@ class Agreement:
         apart = torch.linalg.vector_norm(quick - sure) > self._tolerance * torch.linalg.vector_norm(sure)
         self._state[self._name] = number(0.0 if apart else 1.0 + (self._name in self._state))
 
+    def refutes(self, quick: Tensor, sure: Callable[[], tuple[Outputs, Outputs]]) -> bool:
+        """Whether they do not, once the last of ``sure``'s second outputs was looked at where that is due."""
+        if self.is_due:
+            self.learn(quick, sure()[1][-1])
+        return self.is_refuted
+
     def refute(self) -> None:
         """They are not to be compared."""
         self._state[self._name] = number(0.0)
+
+
+class Jumps:
+    """What is known of a network's jumps.
+
+    Args:
+        state: Of the first layer's first parameter.
+
+    Attributes:
+        short: Whether short differences are derivatives.
+        wide: Whether those over half a percent of the parameters' length, if not, are near enough.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.short, self.wide = Agreement(state, "smooth", SMOOTH), Agreement(state, "wide", FAR)
+
+    @property
+    def are_crossed(self) -> bool:
+        """Whether differences across jumps stand for derivatives."""
+        return self.short.is_refuted and not self.wide.is_refuted
 
 
 class ForwardMode:
@@ -126,7 +156,7 @@ def along(
     data: float,
     before: Outputs | None = None,
     differentiates: Callable[[], bool] = lambda: False,
-    smooth: Agreement | None = None,
+    jumps: Jumps | None = None,
     forward_mode: ForwardMode | None = None,
 ) -> tuple[Outputs, list[Tensor]]:
     """The outputs, and derivatives of the last of them along each direction.
@@ -139,30 +169,31 @@ def along(
         data: How many the batch has, of which these outputs may be few; on all ranks.
         before: The outputs at these parameters, if they are known.
         differentiates: Whether the network was seen to differentiate itself; asked when outputs are known.
-        smooth: Whether differences are derivatives; taken for granted, if left out.
+        jumps: Those of the network; none, if left out.
         forward_mode: As for ``directional_derivative``.
     """
     large = data * sum(p.numel() for p in parameters.values()) >= LARGE
     step = 0.0
-    jumps = smooth is not None and smooth.is_refuted
-    if previous is not None and large and not jumps and _rounds_like_float32(parameters):
+    is_smooth = jumps is None or not jumps.short.is_refuted
+    if previous is not None and large and is_smooth and _rounds_like_float32(parameters):
         step = float(length(previous.values()))
     if before is None and step > 0:
         before = output(parameters)
     reach, least = (OWN_REACH, OWN_LEAST_CHANGE) if differentiates() else (REACH, LEAST_CHANGE)
     products = []
     for direction in directions:
+        exact = partial(directional_derivative, output, parameters, direction, before, forward_mode)
         product = None
         if before is not None and step > 0:
             product = short_difference(output, parameters, direction, before[-1], reach * step, least)
-        if product is not None and smooth is not None and smooth.is_due and not differentiates():
-            sure = directional_derivative(output, parameters, direction, before, forward_mode)[1][-1]
-            smooth.learn(product, sure)
-            jumps = smooth.is_refuted
-        if jumps:
+        if product is not None and jumps is not None and not differentiates() and jumps.short.refutes(product, exact):
+            product = None
+        if product is None and jumps is not None and jumps.are_crossed:
             before, (*_, product) = central_difference(output, parameters, direction, before)
-        elif product is None:
-            before, (*_, product) = directional_derivative(output, parameters, direction, before, forward_mode)
+            if jumps.wide.refutes(product, exact):
+                product = None
+        if product is None:
+            before, (*_, product) = exact()
         products.append(product)
     return before or (), products
 

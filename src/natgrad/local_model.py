@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from natgrad.calls import shuffled
 from natgrad.derivatives import (
-    SMOOTH,
     Agreement,
     ForwardMode,
+    Jumps,
     Outputs,
     along,
     directional_derivative,
@@ -116,7 +116,7 @@ class LocalModel:
         self._products = list[Tensor]()  # J d of the latest `curvature`
         self._differentiates = False
         self._state = state
-        self.smooth = None if state is None else Agreement(state, "smooth", SMOOTH)
+        self.jumps = None if state is None else Jumps(state)
         self._forward_mode = ForwardMode(state, draws=forward.chance is not None)
         self._ruled_out: Tensor | None = None  # where the user's output is −∞
         self._gathered = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
@@ -193,7 +193,7 @@ class LocalModel:
         previous, data = tangents[-1] if len(tangents) > 1 else None, self.forward.data / (self.ranks.part or 1.0)
         known = self._known()
         self._before, self._products = along(
-            self._run, parameters, tangents, previous, data, known, self.differentiates, self.smooth, self._forward_mode
+            self._run, parameters, tangents, previous, data, known, self.differentiates, self.jumps, self._forward_mode
         )
         _, at = self._before
         root = self._weigh(at).sqrt()
@@ -211,7 +211,7 @@ class LocalModel:
         """
         # Together, as all of them take part in the mean or none.
         is_all = self.has_all and self.ranks.is_alone(self.forward.terms(self.likelihood), self.total_terms)
-        is_exact = not (self._forward_mode.fails or (self.smooth is not None and self.smooth.is_refuted))
+        is_exact = not (self._forward_mode.fails or (self.jumps is not None and self.jumps.are_crossed))
         if not self.ranks.all(is_all and self.forward.find is None and (is_exact or not self._differentiates)):
             return None
         arrived = self._arrived() / self.scaler

@@ -29,7 +29,7 @@ MOVED = "moved"
 # Kept with the first layer, for the whole network; and their sizes.
 OF_ALL = {
     **sizes(LossMultiplier, Trust, Pace, Undeclared),
-    **dict.fromkeys(("criteria", "smooth", "repeats", "parts", "differences"), 1),
+    **dict.fromkeys(("criteria", "smooth", "wide", "repeats", "parts", "differences"), 1),
 }
 
 
