@@ -65,6 +65,25 @@ def test_the_step_is_measured_as_it_was_taken(mode: dict[str, Any]) -> None:
     assert told["relative_step"] == pytest.approx((length / size) ** 0.5, rel=1e-9)
 
 
+def test_a_layer_is_told_of_though_its_bias_stays() -> None:
+    """That of an energy, whose derivatives are the outputs, has no gradient."""
+
+    class Force(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(super().forward(x).sum(), x, create_graph=True)[0]
+
+    torch.manual_seed(0)
+    model, x = Force(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(20, 2)
+    optimizer = natgrad.KFAC(model, "mse")
+    before = model[2].weight.detach().clone()
+    mse_loss(model(x), x.sin()).backward()
+    optimizer.step()
+    told = optimizer.diagnostics()
+    assert model[2].bias.grad is None
+    assert told["step_norm/2"] == pytest.approx(float((model[2].weight.detach() - before).norm()), rel=1e-9)
+
+
 def test_the_divergence_of_a_newton_step_is_what_the_loss_falls_by() -> None:
     """Of a quadratic loss with its own curvature as block: L(θ) − L(θ*) = ½ sᵀFs, for the blocks and the network."""
     torch.manual_seed(0)

@@ -98,10 +98,11 @@ def of_step(
     values: Values = {}
     divergences = []
     for layer in layers:
-        moved = [step[p] for p in layer.parameters if p in step]
-        if len(moved) == len(layer.parameters):
-            own = norms(step, layer.parameters)
-            own["kl_kfac"] = half_square(states[layer.name], layer.step_to_matrix(moved))
+        if any(p in step for p in layer.parameters):
+            # A bias that no derivative depends on has no gradient, and stays.
+            moved = {p: step[p] if p in step else torch.zeros_like(whole(p.detach())) for p in layer.parameters}
+            own = norms(moved, layer.parameters)
+            own["kl_kfac"] = half_square(states[layer.name], layer.step_to_matrix(list(moved.values())))
             values |= {f"{key}/{shown(layer.name)}": value for key, value in own.items()}
             divergences.append(float(own["kl_kfac"]))
     return {"kl_kfac": sum(divergences), **values} if values else {}
