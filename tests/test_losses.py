@@ -351,8 +351,12 @@ def test_micro_batches_with_unlike_weights_give_the_whole_batch() -> None:
     told, plain = nn.CrossEntropyLoss(weight=weights()), nn.CrossEntropyLoss(weight=weights())
     expected = {n: kfac_block(model, n, x, y, plain) for n in LAYERS}
 
+    def divisor(y: Tensor) -> Tensor:
+        return weights()[y[y != -100]].sum()
+
     def closure(m: nn.Module) -> Tensor:
-        return sum(told(m(a), b) for a, b in zip(x.split([2, 5]), y.split([2, 5]), strict=True))
+        parts = zip(x.split([2, 5]), y.split([2, 5]), strict=True)
+        return sum(told(m(a), b) * divisor(b) / divisor(y) for a, b in parts)
 
     assert_blocks(blocks_of(model, told, closure), expected)
 
