@@ -28,7 +28,8 @@ class Likelihood(ABC):
 
     Attributes:
         of_labels: Whether targets can only be labels, at each of which ∇c has the size that ``reach`` tells.
-        of_residuals: Whether ∇c is what is predicted less its target, so that its square falls with the loss.
+        of_residuals: Whether ∇c is what is predicted less its target, up to a constant, so that its square falls with
+            the loss; by default it is not asked for progress (:mod:`natgrad.averaging`).
     """
 
     of_labels = of_residuals = False

@@ -376,7 +376,7 @@ class KFAC(torch.optim.Optimizer):
             - ``confirmed``: of the fall of the loss that steps promised, the share that later batches confirmed.
             - ``caution``: what rates are multiplied by, as batches refuted steps made for others.
             - ``ease``: what the automatic damping is multiplied by without averaging, see :mod:`natgrad.trust`.
-            - ``shortening``: with averaging, what steps are multiplied by since the error has stopped falling.
+            - ``shortening``: with averaging, what steps are multiplied by since there is no more progress.
             - ``loss_multiplier``: what the loop multiplies the declared loss by, as far as that can be known; see
               :mod:`natgrad.multiplier`.
             - ``undone_steps``: steps taken back because data that came later showed that they went much too far, since
