@@ -145,6 +145,7 @@ BUGS = {
     "one module's value for all with a weight of its own": Bug("batch.py", "None if latest.multiplier is None else latest.multiplier * share", "latest.multiplier", "test_micro_batches.py"),
     "steps judged by data that count for less": Bug("forward.py", "return other.emphasis > self.emphasis", "return other.data > self.data", "test_micro_batches.py"),
     "layers with a bias that stays not told of": Bug("diagnostics.py", "if any(p in step for p", "if all(p in step for p", "test_diagnostics.py"),
+    "gradients of what outputs do not depend on": Bug("derivatives.py", "if not outputs.requires_grad:", "if False:", "test_derivatives.py"),
     "slopes that noise explains believed": Bug("averaging.py", "-FALLING if of_residuals", "0.0 if of_residuals", AVERAGING),
     "an older step of a layer that rested": Bug("optimizer.py", "self.state[parameter][\"velocity\"].zero_()", "pass", "test_look_back.py"),
     "rates that stay where nobody looks back": Bug("rates.py", "promised, change if is_witness else promised", "promised if is_witness else 0.0, change", "test_look_back.py"),

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 import natgrad
 from natgrad import derivatives
-from natgrad.derivatives import Jumps, along, central_difference, directional_derivative
+from natgrad.derivatives import Jumps, along, central_difference, directional_derivative, pulled_back
 from oracle import relative_error
 from quadratic_cases import Direction, directions_of, network
 
@@ -241,3 +241,19 @@ def test_quantized_networks_learn() -> None:
         nn.functional.cross_entropy(model(x[part]), y[part]).backward()
         optimizer.step()
     assert nn.functional.cross_entropy(model(x), y) < 0.3
+
+
+@pytest.mark.parametrize("used", [["w", "b"], ["w"], []])
+def test_a_gradient_is_pulled_back_to_what_the_outputs_depend_on(used: list[str]) -> None:
+    """Also under `no_grad`, and with zeros for the rest."""
+    x, parameters = torch.randn(5, 3), {"w": torch.randn(3), "b": torch.randn(3)}
+
+    def output(p: Direction) -> tuple[Tensor, ...]:
+        return (x * sum((p[name] for name in used), torch.ones(3)) ** 2,)
+
+    gradient = torch.randn(5, 3)
+    with torch.no_grad():
+        pulled = pulled_back(output, parameters, gradient)
+    slope = (gradient * x).sum(0) * 2 * sum((parameters[name] for name in used), torch.ones(3))
+    for name, g in pulled.items():
+        torch.testing.assert_close(g, slope if name in used else torch.zeros(3))

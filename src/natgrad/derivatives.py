@@ -246,7 +246,10 @@ def pulled_back(output: Function, parameters: Named, gradient: Tensor) -> Named:
     """The gradient at the first output times its Jacobian, by a backward pass, which jumps do not disturb."""
     with torch.enable_grad():
         leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
-        pulled = torch.autograd.grad(output(leaves)[0], list(leaves.values()), gradient, materialize_grads=True)
+        outputs, *_ = output(leaves)
+        if not outputs.requires_grad:  # as where a pass makes no use of them
+            return {name: torch.zeros_like(p) for name, p in parameters.items()}
+        pulled = torch.autograd.grad(outputs, list(leaves.values()), gradient, materialize_grads=True)
     return dict(zip(leaves, pulled, strict=True))
 
 
