@@ -82,7 +82,7 @@ BUGS = {
     "squares of a new basis averaged with nothing": Bug("inverses.py", "age = torch.ones((), dtype=torch.float64)", "age = torch.zeros((), dtype=torch.float64)", EKFAC),
     "EKFAC damped by the product alone": Bug("inverses.py", "shift = damping.g * a + g * damping.a + ", "shift = ", "test_inverses.py"),
     "KL of a step without its half": Bug("diagnostics.py", "return 0.5 * torch.sum(apply", "return torch.sum(apply", TOLD),
-    "KL of a weight-normalized step as of a gradient": Bug("diagnostics.py", "layer.step_to_matrix(moved)", "layer.to_matrix(moved)", TOLD),
+    "KL of a weight-normalized step as of a gradient": Bug("diagnostics.py", "layer.step_to_matrix(list(moved.values()))", "layer.to_matrix(list(moved.values()))", TOLD),
     "condition of the factor without its damping": Bug("diagnostics.py", 'largest_eigenvalue(state["A"]) + damping.a', 'largest_eigenvalue(state["A"])', TOLD),
     "diagnostics draw from the user's stream": Bug("diagnostics.py", "generator=torch.Generator().manual_seed(0)", "generator=None", TOLD),
     "age of the inverses one too many": Bug("preconditioner.py", "applied, self.steps - 1", "applied, self.steps", TOLD),
