@@ -257,6 +257,15 @@ def test_an_error_of_no_residuals_is_no_reason_either(rising: bool) -> None:
     assert window.next(1.0, of_residuals=True).factor == SHRINK
 
 
+def test_an_error_of_no_residuals_is_no_progress() -> None:
+    """It may fall while the loss rises; where no step was taken it tells nothing either."""
+    window = Progress(before=1.0)
+    for _ in range(16):
+        window = window.note(0.5, 0.1, -1.0)
+    assert window.next(1.0, of_residuals=False).factor == SHRINK
+    assert Progress(steps=8.0, errors=16.0, before=1.0).next(1.0, of_residuals=False).factor == 1.0
+
+
 def test_slopes_that_noise_explains_are_no_evidence() -> None:
     """One large slope downhill among others; the rate may rise no more either, after such a window."""
     window = Progress(before=1.0)

@@ -254,6 +254,9 @@ def test_poisson_of_the_rate_itself(reduction: str) -> None:
     expected = {n: kfac_block(model, n, x, rate, plain) for n in LAYERS}
     counts = torch.poisson(rate)
     assert_blocks(blocks_of(model, told, lambda m: told(m(x), counts)), expected)
+    # Its gradient 1 − y / rate grows as small rates are learnt; that of the logarithm, rate − y, is a residual.
+    assert not resolve(told).likelihood.of_residuals
+    assert resolve(nn.PoissonNLLLoss()).likelihood.of_residuals
 
 
 @every_reduction

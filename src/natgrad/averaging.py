@@ -188,8 +188,11 @@ class Progress(NamedTuple):
     def next(self, pace: float, of_residuals: bool) -> "Progress":
         """The window after this one, which is over; with the pace, and whether errors are squared residuals."""
         error = self.errors / self.steps
-        falls = self.slopes < (-FALLING if of_residuals else RISING) * math.sqrt(self.squares)
-        gains = not self.before or error <= (1 - GAIN) * self.before or falls
+        spread = math.sqrt(self.squares)
+        if of_residuals:
+            gains = not self.before or error <= (1 - GAIN) * self.before or self.slopes < -FALLING * spread
+        else:
+            gains = not self.before or self.slopes <= RISING * spread
         factor = self.factor
         if self.persisted > PERSISTENT * self.steps:
             factor = min(factor / SHRINK, 1.0)

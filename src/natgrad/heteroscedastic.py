@@ -21,11 +21,9 @@ class Poisson(Smoothable, Elementwise):
         log_input: Whether the output is the logarithm of the rate, or the rate.
     """
 
-    of_residuals = True
-
     def __init__(self, reduction: Reduction = "mean", log_input: bool = True) -> None:
         super().__init__(reduction)
-        self.log_input = log_input
+        self.log_input = self.of_residuals = log_input
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """rate − y for the logarithm, 1 − y / rate for the rate, with y drawn from Poisson(rate)."""
