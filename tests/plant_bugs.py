@@ -36,7 +36,7 @@ LOOPS, SAME, STATISTICS, WAITING = (
     "test_running_statistics.py",
     "test_waiting.py",
 )
-RARE = "test_rare_events.py"
+RARE, STIFF = "test_rare_events.py", "test_stiffness.py"
 BUGS = {
     "G divided by the number of data": Bug("batch.py", "return 1.0 / (self.R * self.multiplier**2) if self.fisher == \"empirical\" else self.R", "return (1.0 / (self.R * self.multiplier**2) if self.fisher == \"empirical\" else self.R) / max(self.data, 1)", LINEAR),
     "loss reduced by mean treated as a sum": Bug("criterion.py", "return self.weight if self.reduction == \"sum\" else self.weight / (terms or 1.0)", "return self.weight", LINEAR),
@@ -135,9 +135,9 @@ BUGS = {
     "a new average followed to infinity": Bug("averaging.py", "latest = max(latest, self._progress.least / ANEW)", "pass", AVERAGING),
     "rates of before forgotten by a window without steps": Bug("averaging.py", "least=least or self.least)", "least=least)", AVERAGING),
     "averages that end in denormal numbers": Bug("averaging.py", "                if flushed:\n", "                if False:\n", AVERAGING),
-    "steps shorter for an error that tells nothing": Bug("averaging.py", "* self.before or falls", "* self.before", AVERAGING),
-    "steps shorter for an error of no residuals": Bug("averaging.py", "RISING) * math", "-FALLING) * math", AVERAGING),
-    "steps of no residuals never shorter": Bug("averaging.py", "RISING) * math", "math.inf) * math", AVERAGING),
+    "steps shorter for an error that tells nothing": Bug("averaging.py", " or self.slopes < -FALLING * spread", "", AVERAGING),
+    "steps shorter for an error of no residuals": Bug("averaging.py", "self.slopes <= RISING * spread", "self.slopes < -FALLING * spread", AVERAGING),
+    "steps of no residuals never shorter": Bug("averaging.py", "self.slopes <= RISING * spread", "True", AVERAGING),
     "no rest where torch cannot differentiate forwards": Bug("local_model.py", "(is_exact or not self._differentiates)", "is_exact", "test_undeclared.py"),
     "data of unequal micro-batches alike": Bug("batch.py", "                one.weigh(1 / share if", "                one.weigh(1.0 if True else 1 / share if", "test_micro_batches.py"),
     "weights squared twice": Bug("batch.py", "1 / share if self.fisher == \"empirical\" else share", "share", "test_micro_batches.py"),
@@ -146,7 +146,7 @@ BUGS = {
     "steps judged by data that count for less": Bug("forward.py", "return other.emphasis > self.emphasis", "return other.data > self.data", "test_micro_batches.py"),
     "layers with a bias that stays not told of": Bug("diagnostics.py", "if any(p in step for p", "if all(p in step for p", "test_diagnostics.py"),
     "gradients of what outputs do not depend on": Bug("derivatives.py", "if not outputs.requires_grad:", "if False:", "test_derivatives.py"),
-    "slopes that noise explains believed": Bug("averaging.py", "-FALLING if of_residuals", "0.0 if of_residuals", AVERAGING),
+    "slopes that noise explains believed": Bug("averaging.py", "self.slopes < -FALLING * spread", "self.slopes < 0", AVERAGING),
     "an older step of a layer that rested": Bug("optimizer.py", "self.state[parameter][\"velocity\"].zero_()", "pass", "test_look_back.py"),
     "rates that stay where nobody looks back": Bug("rates.py", "promised, change if is_witness else promised", "promised if is_witness else 0.0, change", "test_look_back.py"),
     "a step after one that was undone at full length": Bug("quadratic.py", "judge(looking_back(b, M) if len(b) > 1 else 0.0)", "judge(looking_back(b, M)) if len(b) > 1 else 1.0", "test_quadratic.py"),
@@ -471,6 +471,25 @@ BUGS = {
     "sparse gradients behind another reason": Bug("layers/embedding.py", '("sparse", "max_norm", "scale_grad_by_freq")', '("max_norm", "scale_grad_by_freq", "sparse")', LOOPS),
     "an outlier told of as divergence": Bug("averaging.py", "return self._progress.lost >= IN_A_ROW and error", "return error", RATES),
     "outliers that add up": Bug("averaging.py", "lost=self.lost + 1 if self.is_lost(error) else 0.0,", "lost=self.lost + self.is_lost(error),", RATES),
+    "errors of densities believed": Bug("averaging.py", "gains = not self.before or self.slopes <= RISING", "gains = not self.before or error <= (1 - GAIN) * self.before or self.slopes <= RISING", AVERAGING),
+    "steps shorter without a slope": Bug("averaging.py", "self.slopes <= RISING * spread", "self.slopes < RISING * spread", AVERAGING),
+    "relative errors of counts taken for residuals": Bug("heteroscedastic.py", "self.log_input = self.of_residuals = log_input", "self.log_input, self.of_residuals = log_input, True", LOSSES),
+    "outputs as stiff as derived": Bug("damping.py", " * ease * evidence.stiffening", " * ease", STIFF),
+    "inverses of the latest trial kept": Bug("stiffness.py", "    metric.place(states, best.placed)\n", "", STIFF),
+    "the worst trial taken": Bug("stiffness.py", "trials[max(range", "trials[min(range", STIFF),
+    "outputs ever stiffer": Bug("stiffness.py", "if 1 <= factor <= MOST:", "if 1 <= factor:", STIFF),
+    "outputs softer than derived": Bug("stiffness.py", "if 1 <= factor <= MOST:", "if factor <= MOST:", STIFF),
+    "trials that never end": Bug("trust.py", "self._stiffness.refused + 1 if is_refusal else 0.0", "0.0", STIFF),
+    "trials that end although they were of use": Bug("trust.py", "self._stiffness.refused + 1 if is_refusal else 0.0", "self._stiffness.refused + 1", STIFF),
+    "trials of averages": Bug("optimizer.py", "if averaged is None and looks", "if looks", STIFF),
+    "trials where a damping is given": Bug("optimizer.py", "if averaged is None and looks and", "if averaged is None and", STIFF),
+    "trials where a rate is given": Bug("optimizer.py", "looks and self.preconditioner.may_average and", "looks and", STIFF),
+    "trials that forget the rates of groups": Bug("optimizer.py", " and min(shares.values()) == 1:", ":", STIFF),
+    "trials between two refreshes": Bug("stiffness.py", "metric.renewed and trust", "trust", STIFF),
+    "trials without the previous step": Bug("stiffness.py", "back = [course.back] if course.previous else []", "back: list[dict[str, Tensor]] = []", STIFF),
+    "steps back promise as much": Bug("stiffness.py", "return -float(b @ c) / 2 if c[0] > 0 else 0.0", "return -float(b @ c) / 2", STIFF),
+    "trials by a part of the loss": Bug("stiffness.py", " or multiplier.undeclared.is_found", "", STIFF),
+    "inputs damped by the latest G": Bug("inverses.py", 'of_A = known["A_inverse"] if known', 'of_A = known["G_inverse"] if known', STIFF),
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
 import ranks
+from natgrad import trust
 from natgrad.damping import Damping
 from natgrad.distributed import Piece, deal, holders, pack, unpack
 from natgrad.exchange import blank, inverse_pieces
@@ -94,7 +95,11 @@ def chain() -> nn.Sequential:
 
 
 def spread(inverses: Any) -> tuple[dict[str, int], int, list[int], float]:
-    """Traffic of a second step, bytes of the inverses here, what `describe` says, and what diagnostics tell."""
+    """Traffic of a second step, bytes of the inverses here, what `describe` says, and what diagnostics tell.
+
+    Without trials of other dampings, each of which sends the inverses once more.
+    """
+    trust.PATIENCE = 0  # in this process, which ends with the test
     model = DistributedDataParallel(chain())
     wanted = natgrad.Distributed(model, inverses)
     optimizer = natgrad.KFAC(wanted, "mse")

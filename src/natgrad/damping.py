@@ -33,8 +33,9 @@ Where rates are given nothing is promised and noise is not measured, and no dire
 λ_A is at its upper bound.
 
 λ_G bounds how far the outputs of a layer move, where the loss is not quadratic in them. It is the same for every layer,
-as the small G of a layer on a plateau says nothing about how far it may go. Steps along averaged gradients are short,
-and there every layer goes by its own. Measured in ``docs/decisions.md``.
+as the small G of a layer on a plateau says nothing about how far it may go. Whether the first steps want more of it is
+found by trying (:mod:`natgrad.stiffness`). Steps along averaged gradients are short, and there every layer goes by its
+own. Measured in ``docs/decisions.md``.
 """
 
 from collections.abc import Sequence
@@ -73,6 +74,7 @@ class Evidence:
         confirmed: Of the fall of the loss that steps promised, the share that the batches after them confirmed.
         ease: What both dampings are multiplied by, unless gradients are averaged.
         averaged: Whether gradients are averaged over batches.
+        stiffening: What λ_G is multiplied by besides, unless they are.
     """
 
     noise_to_signal: float
@@ -80,6 +82,7 @@ class Evidence:
     confirmed: float = 0.0
     ease: float = 1.0
     averaged: bool = False
+    stiffening: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def _split(delta: float, A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
 def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
     """λ_A from noise and signal, λ_G from the curvature of the whole network; a single input needs no λ_A."""
     averaged, ease = evidence.averaged, 1.0 if evidence.averaged else evidence.ease
-    stiffness: Tensor | float = STIFFNESS * evidence.curvature * ease
+    stiffness: Tensor | float = STIFFNESS * evidence.curvature * ease * evidence.stiffening
     if averaged:
         stiffness = AVERAGED_STIFFNESS * mean_diagonal(G).clamp(min=LEAST_OWN * evidence.curvature)
     if A.shape[-2] == 1:

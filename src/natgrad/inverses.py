@@ -14,6 +14,8 @@ in float64 and then with more damping, and says so once.
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from natgrad.damping import Damping
 from natgrad.layers import Bases, Layer
 from natgrad.products import product
 
+Known = Mapping[str, Tensor]
+NOTHING: Known = MappingProxyType({})
 # A failed Cholesky factorization is retried with this much of the mean diagonal added, then ten times as much, ….
 FIRST_JITTER, LAST_JITTER = 1e-8, 1e2
 # Columns whose distance in memory is a multiple of this fall on the same places of a processor's caches, and are
@@ -39,8 +43,15 @@ class Inverse(ABC):
     """Whether eigenvalues are moved on by the squares of the data's gradients in the eigenbasis."""
 
     @abstractmethod
-    def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
-        """What ``solve`` needs, as named tensors."""
+    def factorize(self, A: Tensor, G: Tensor, damping: Damping, known: Known = NOTHING) -> dict[str, Tensor]:
+        """What ``solve`` needs, as named tensors.
+
+        Args:
+            A: ([B,] in [+ 1], in [+ 1]), or a column if kept as a diagonal.
+            G: ([B,] out, out), or a column.
+            damping: What is added.
+            known: What this returned for the same factors and another λ_G, if it did.
+        """
 
     @abstractmethod
     def lengths(self, inverse: dict[str, Tensor], layer: Layer, x: Tensor, g: Tensor) -> Tensor:
@@ -63,9 +74,10 @@ class CholeskyInverse(Inverse):
 
     names = ("A_inverse", "G_inverse")
 
-    def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
+    def factorize(self, A: Tensor, G: Tensor, damping: Damping, known: Known = NOTHING) -> dict[str, Tensor]:
         """``A_inverse`` and ``G_inverse``."""
-        return {"A_inverse": invert(A, damping.a, "A"), "G_inverse": invert(G, damping.g, "G")}
+        of_A = known["A_inverse"] if known else invert(A, damping.a, "A")
+        return {"A_inverse": of_A, "G_inverse": invert(G, damping.g, "G")}
 
     def lengths(self, inverse: dict[str, Tensor], layer: Layer, x: Tensor, g: Tensor) -> Tensor:
         """In the metric of both inverses."""
@@ -100,7 +112,7 @@ class EigenInverse(BasisInverse):
 
     names = ("scale", "A_basis", "G_basis")
 
-    def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
+    def factorize(self, A: Tensor, G: Tensor, damping: Damping, known: Known = NOTHING) -> dict[str, Tensor]:
         """Bases and damped eigenvalues; the eigenvalues of a factor are cut at zero first."""
         a, Q_A = eigh(A)
         g, Q_G = eigh(G)
@@ -126,7 +138,7 @@ class EkfacInverse(BasisInverse):
     names = ("spectrum", "spectrum_age", "shift", "A_basis", "G_basis")
     corrects = True
 
-    def factorize(self, A: Tensor, G: Tensor, damping: Damping) -> dict[str, Tensor]:
+    def factorize(self, A: Tensor, G: Tensor, damping: Damping, known: Known = NOTHING) -> dict[str, Tensor]:
         """Bases, eigenvalues and what is added to them."""
         a, Q_A = eigh(A)
         g, Q_G = eigh(G)

@@ -30,6 +30,8 @@ OF_ANY = {name for inverse in INVERSES.values() for name in inverse.names}
 
 States = Mapping[str, dict[str, Any]]
 Matrix = Callable[[Layer], Tensor | None]
+# Inverses by layer name, and their dampings.
+Placed = tuple[dict[str, dict[str, Tensor]], dict[str, diagnostics.Applied]]
 
 
 class Metric:
@@ -141,6 +143,22 @@ class Metric:
             Trust(states[self.layers[0].name]).settle(averages)
         self._refresh(refreshed, states, step)
 
+    def stiffen(self, states: States, step: int) -> None:
+        """Make all inverses anew after another stiffening has been settled, as if at this step."""
+        inverted = self._agree(states)
+        self._refresh([layer for layer in self.layers if layer.name in inverted], states, step, is_stiffened=True)
+
+    def placed(self, states: States) -> Placed:
+        """The inverses as they are, to be put back by ``place``."""
+        kept = {name: {k: state[k] for k in self.inverse.names if k in state} for name, state in states.items()}
+        return kept, dict(self.applied)
+
+    def place(self, states: States, placed: Placed) -> None:
+        """Put inverses back in place."""
+        kept, self.applied = placed
+        for name, inverse in kept.items():
+            states[name].update(inverse)
+
     def solve(self, states: States, matrix: Matrix, averaged: bool) -> dict[str, Tensor]:
         """The natural gradient of every layer that has factors and a gradient, as a matrix by its name.
 
@@ -195,7 +213,7 @@ class Metric:
             if latest is not None:
                 noise.remember(states[name], *latest, anew)
 
-    def _refresh(self, layers: list[Layer], states: States, step: int) -> None:
+    def _refresh(self, layers: list[Layer], states: States, step: int, is_stiffened: bool = False) -> None:
         if not layers:
             return
         filled = [state for state in states.values() if "A" in state]
@@ -207,10 +225,13 @@ class Metric:
             flush(state["A"])
             flush(state["G"])
             own = noise.ratio([float(state["noise"])]) if "noise" in state else pooled
-            evidence = dampings.Evidence(own, curvature, trust.settled_share, trust.ease, trust.settled_average)
+            evidence = dampings.Evidence(
+                own, curvature, trust.settled_share, trust.ease, trust.settled_average, trust.stiffening
+            )
             damping = self.rule(state["A"], state["G"], evidence)
             if self.world.owns(layer.name):
-                state.update(self.inverse.factorize(state["A"], state["G"], damping))
+                known = state if is_stiffened else {}
+                state.update(self.inverse.factorize(state["A"], state["G"], damping, known))
             self.applied[layer.name] = diagnostics.Applied(damping, step)
             self.moved.discard(layer.name)
         exchange.share_inverses(layers, states, self.inverse.names, self.world)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from natgrad import diagnostics
+from natgrad import diagnostics, stiffness
 from natgrad import state as states
 from natgrad.averaging import Averages
 from natgrad.batch import full_precision
@@ -99,13 +99,11 @@ class KFAC(torch.optim.Optimizer):
         self.automatic_lr, self.momentum = lr == "auto", momentum
         self.preconditioner.capture.sampling = damping == "auto" and self._evaluates
         self.preconditioner.may_average = lr == momentum == "auto"
-        self._adamw: torch.optim.AdamW | None = None
-        self.undone_steps = 0
         self._diagnostics: dict[str, float] = {}
         self._latest_step: dict[nn.Parameter, Tensor] = {}
         self._statistics: RunningStatistics | None = None  # of batches, before the next pass
         self._refusals = Refusals()
-        self._constructed = False
+        self.undone_steps, self._constructed = 0, False
         every = list(self.preconditioner.model.parameters())
         self._trains_all = params is None
         defaults = {"lr": 1.0 if lr == "auto" else lr, "weight_decay": weight_decay, AUTOMATIC: self.automatic_lr}
@@ -242,9 +240,10 @@ class KFAC(torch.optim.Optimizer):
             natural = {p: direction * shares[p] for p, direction in natural.items()}
             if previous and self.automatic_lr and averaged is None:
                 onward = {p: velocity * shares[p] for p, velocity in previous.items()}
-        times = lr if self.automatic_lr else 1.0
         looks, own = self.preconditioner.capture.sampling, self.preconditioner.gradient  # the damping is automatic
-        course = Course(self._names, natural, previous, onward, own, times, looks)
+        course = Course(self._names, natural, previous, onward, own, lr if self.automatic_lr else 1.0, looks)
+        if averaged is None and looks and self.preconditioner.may_average and min(shares.values()) == 1:
+            natural = course.natural = stiffness.search(self.preconditioner, self._require_pass(), course)
         alpha, mu = self._coefficients(course, averaged, lr)
         self._diagnostics.update(lr=alpha, momentum=mu)
         self._move(natural, onward, shares, alpha, mu)
@@ -376,6 +375,7 @@ class KFAC(torch.optim.Optimizer):
             - ``confirmed``: of the fall of the loss that steps promised, the share that later batches confirmed.
             - ``caution``: what rates are multiplied by, as batches refuted steps made for others.
             - ``ease``: what the automatic damping is multiplied by without averaging, see :mod:`natgrad.trust`.
+            - ``stiffening``: what λ_G is multiplied by besides, see :mod:`natgrad.stiffness`.
             - ``shortening``: with averaging, what steps are multiplied by since there is no more progress.
             - ``loss_multiplier``: what the loop multiplies the declared loss by, as far as that can be known; see
               :mod:`natgrad.multiplier`.

@@ -163,7 +163,7 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
         rest.took(course.times * c)
     if given[0] is None:
         trust.chose(float(c[0]))
-    told |= {"confirmed": trust.confirmed, "ease": trust.ease, "caution": trust.caution}
+    told |= trust.told()
     return float(c[0]), float(c[1]) if course.previous else 0.0, told
 
 
@@ -196,7 +196,7 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
         told |= tale
     else:
         multiplier.undeclared.forget()
-    told |= {"confirmed": trust.confirmed, "ease": trust.ease, "caution": trust.caution}
+    told |= trust.told()
     if not kept:
         pace.rest()
         multiplier.reject()

@@ -32,6 +32,8 @@ DECAY = 0.8
 FAIR_RATE, FAIR_SHARE, EASIER = 0.1, 0.2, 0.25
 POOR_RATE, POOR_SHARE, HARDER = 0.03, 0.1, 2.0
 LEAST = 0.003
+# No heavier λ_G is tried once it was refused so many times in a row.
+PATIENCE = 3
 # A step is refuted by a batch whose loss rose by more than REFUTED of what it promised to lower its own. Rates fall by
 # BACK then, and recover by FORTH at every other; between 1 and SLOWEST.
 REFUTED, BACK, FORTH, SLOWEST = 0.5, 0.25, 2.0, 1e-4
@@ -76,6 +78,18 @@ class Ease(NamedTuple):
     averaged: float = 0.0
 
 
+class Stiffness(NamedTuple):
+    """How heavy λ_G is, as was found by trying (:mod:`natgrad.stiffness`).
+
+    Attributes:
+        factor: What it is multiplied by, unless gradients are averaged.
+        refused: How often in a row nothing heavier than what is derived was better.
+    """
+
+    factor: float = 1.0
+    refused: float = 0.0
+
+
 class Trust:
     """What the steps so far have shown.
 
@@ -83,7 +97,7 @@ class Trust:
         state: Of the first layer's first parameter, see :mod:`natgrad.memory`.
     """
 
-    _evidence, _ease = Kept(Evidence), Kept(Ease)
+    _evidence, _ease, _stiffness = Kept(Evidence), Kept(Ease), Kept(Stiffness)
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -125,6 +139,24 @@ class Trust:
     def settled_average(self) -> bool:
         """Whether gradients were averaged when the inverses were made."""
         return bool(self._ease.averaged)
+
+    @property
+    def stiffening(self) -> float:
+        """What λ_G is multiplied by."""
+        return self._stiffness.factor
+
+    @stiffening.setter
+    def stiffening(self, factor: float) -> None:
+        self._stiffness = self._stiffness._replace(factor=factor)
+
+    @property
+    def is_stiffness_open(self) -> bool:
+        """Whether a heavier λ_G may still be better."""
+        return self._stiffness.refused < PATIENCE
+
+    def found(self, stiffening: float, is_refusal: bool) -> None:
+        """Note what was best, and whether nothing heavier than what is derived was."""
+        self._stiffness = Stiffness(stiffening, self._stiffness.refused + 1 if is_refusal else 0.0)
 
     def confirm(self, share: float) -> None:
         """Fold in the share that the latest batch confirmed."""
@@ -191,6 +223,15 @@ class Trust:
             elif rate < POOR_RATE or share < POOR_SHARE:
                 factor = min(factor * HARDER, 1.0)
         self._ease = Ease(factor, share, averaged=float(averaged))
+
+    def told(self) -> dict[str, float]:
+        """For diagnostics."""
+        return {
+            "confirmed": self.confirmed,
+            "ease": self.ease,
+            "stiffening": self.stiffening,
+            "caution": self.caution,
+        }
 
     @property
     def _is_known(self) -> bool:

@@ -1,0 +1,90 @@
+"""Stage 7, before a rate is chosen: whether the first steps want a heavier λ_G, found by trying.
+
+λ_G is derived from the mean curvature of the network's outputs (:mod:`natgrad.damping`). That is no bound on how far
+layers move whose own G is far below the mean, as those of recurrent units, embeddings and deep stacks often are: in the
+first steps their weights become others altogether, and what follows trains all the worse. Nothing in the factors tells
+such networks from those that want exactly these steps; the loss does. So wherever inverses are refreshed, the natural
+gradient is computed with λ_G heavier as well, and lighter again where it is heavier than derived. That whose best step
+lowers the quadratic model most is taken. Once nothing heavier was better several times in a row, nothing more is tried.
+
+Gradients that are averaged over batches have a λ_G of their own.
+
+Source: Martens and Grosse (2015), arXiv:1503.05671, section 6.6, who choose their γ in this way throughout.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from natgrad.clipping import dot
+from natgrad.metric import Placed
+from natgrad.multiplier import LossMultiplier
+from natgrad.preconditioner import Preconditioner
+from natgrad.quadratic import minimize
+from natgrad.rates import Course, Direction
+from natgrad.trust import Trust
+
+# λ_G becomes so many times heavier or lighter at once, and at most so many times as heavy as derived.
+STEP, MOST = 10.0, 100.0
+
+
+class Trial(NamedTuple):
+    """A way to go.
+
+    Attributes:
+        stiffening: What λ_G was multiplied by.
+        natural: The natural gradient.
+        placed: The inverses that it was made with.
+    """
+
+    stiffening: float
+    natural: Direction
+    placed: Placed
+
+
+def search(preconditioner: Preconditioner, multiplier: LossMultiplier, course: Course) -> Direction:
+    """The natural gradient that is best to go along; the inverses that made it are in place afterwards.
+
+    Args:
+        preconditioner: Whose inverses have just been refreshed, or not.
+        multiplier: Of this batch.
+        course: Along the natural gradient as it is.
+    """
+    trust, metric = Trust(multiplier.state), preconditioner.metric
+    # What was not declared bends the loss as well, by what is not known of other directions.
+    if not (metric.renewed and trust.is_stiffness_open) or multiplier.undeclared.is_found:
+        return course.natural
+    states, before = preconditioner.states(), trust.stiffening
+    trials = [Trial(before, course.natural, metric.placed(states))]
+    for factor in (before * STEP, before / STEP):
+        if 1 <= factor <= MOST:
+            trust.stiffening = factor
+            metric.stiffen(states, preconditioner.steps - 1)
+            there = preconditioner.directions()
+            natural = {p: there[p].contiguous() for p in course.natural}
+            trials.append(Trial(factor, natural, metric.placed(states)))
+    falls = promised(multiplier, course, [trial.natural for trial in trials])
+    best = trials[max(range(len(trials)), key=falls.__getitem__)]  # the first of several
+    metric.place(states, best.placed)
+    trust.found(best.stiffening, is_refusal=best.stiffening == before == 1)
+    return best.natural
+
+
+def promised(multiplier: LossMultiplier, course: Course, naturals: list[Direction]) -> list[float]:
+    """By how much the quadratic model falls over the best step along each of them and the previous step."""
+    downhill = [{course.names[p]: -d for p, d in natural.items()} for natural in naturals]
+    back = [course.back] if course.previous else []
+    slopes = [-dot(natural, course.gradient) for natural in naturals] + [course.slope()] * len(back)
+    b = multiplier.ranks.mean(torch.stack([slope.cpu() for slope in slopes]))
+    M = multiplier.local.curvature([*downhill, *back])
+    return [_fall(M, b, [i, *range(len(naturals), len(b))]) for i in range(len(naturals))]
+
+
+def _fall(M: Tensor, b: Tensor, along: list[int]) -> float:
+    """Of bᵀc + ½ cᵀMc along some directions, the first of which is no way back; 0 where that is not finite."""
+    M, b = M[along][:, along], b[along]
+    if not (M.isfinite().all() and b.isfinite().all()):
+        return 0.0
+    c = minimize(M, b, [None] * len(b))
+    return -float(b @ c) / 2 if c[0] > 0 else 0.0
