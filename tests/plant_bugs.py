@@ -476,7 +476,7 @@ BUGS = {
     "relative errors of counts taken for residuals": Bug("heteroscedastic.py", "self.log_input = self.of_residuals = log_input", "self.log_input, self.of_residuals = log_input, True", LOSSES),
     "outputs as stiff as derived": Bug("damping.py", " * ease * evidence.stiffening", " * ease", STIFF),
     "inverses of the latest trial kept": Bug("stiffness.py", "    metric.place(states, best.placed)\n", "", STIFF),
-    "the worst trial taken": Bug("stiffness.py", "trials[max(range", "trials[min(range", STIFF),
+    "the worst trial taken": Bug("stiffness.py", "number = max(range", "number = min(range", STIFF),
     "outputs ever stiffer": Bug("stiffness.py", "if 1 <= factor <= MOST:", "if 1 <= factor:", STIFF),
     "outputs softer than derived": Bug("stiffness.py", "if 1 <= factor <= MOST:", "if factor <= MOST:", STIFF),
     "trials that never end": Bug("trust.py", "self._stiffness.refused + 1 if is_refusal else 0.0", "0.0", STIFF),
@@ -489,6 +489,9 @@ BUGS = {
     "trials without the previous step": Bug("stiffness.py", "back = [course.back] if course.previous else []", "back: list[dict[str, Tensor]] = []", STIFF),
     "steps back promise as much": Bug("stiffness.py", "return -float(b @ c) / 2 if c[0] > 0 else 0.0", "return -float(b @ c) / 2", STIFF),
     "trials by a part of the loss": Bug("stiffness.py", " or multiplier.undeclared.is_found", "", STIFF),
+    "a step as if the first trial had been the best": Bug("stiffness.py", "course.curvature = M[along][:, along]", "course.curvature = M[: len(along), : len(along)]", STIFF),
+    "trials measured twice": Bug("quadratic.py", "local.curvature(directions) if M is None else M", "local.curvature(directions)", STIFF),
+    "a trial taken for the previous step": Bug("stiffness.py", ", is_first=not back)", ")", STIFF),
     "inputs damped by the latest G": Bug("inverses.py", 'of_A = known["A_inverse"] if known', 'of_A = known["G_inverse"] if known', STIFF),
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Whether the first steps want a heavier λ_G: trials against dense curvature, and what becomes of their results."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from torch.nn.functional import mse_loss
 
 import natgrad
 from natgrad import stiffness, trust
+from natgrad.local_model import LocalModel
 from natgrad.multiplier import LossMultiplier
 from natgrad.rates import Course, Direction
 from natgrad.stiffness import MOST, STEP
@@ -17,8 +18,8 @@ from natgrad.trust import Trust
 from natgrad.undeclared import Undeclared
 from oracle import relative_error
 
+PROMISED = stiffness.promised
 pytestmark = pytest.mark.usefixtures("float64")
-Promised = Callable[[LossMultiplier, Course, list[Direction]], list[float]]
 
 
 def network() -> nn.Sequential:
@@ -47,10 +48,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *best: int) -> list[int]:
     """Let one trial after the other be the best, and then the first; the numbers of trials that there were."""
     tried: list[int] = []
 
-    def promised(multiplier: LossMultiplier, course: Course, naturals: list[Direction]) -> list[float]:
+    def promised(multiplier: LossMultiplier, course: Course, naturals: list[Direction]) -> tuple[list[float], Tensor]:
         choice = best[len(tried)] if len(tried) < len(best) else 0
         tried.append(len(naturals))
-        return [float(i == choice) for i in range(len(naturals))]
+        return [float(i == choice) for i in range(len(naturals))], PROMISED(multiplier, course, naturals)[1]
 
     monkeypatch.setattr(stiffness, "promised", promised)
     return tried
@@ -74,20 +75,35 @@ def dense_falls(model: nn.Module, course: Course, naturals: Sequence[Direction])
     return falls
 
 
-def test_trials_promise_what_dense_curvature_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    original, told = stiffness.promised, []
+@pytest.mark.parametrize("choice", [0, 1])
+def test_trials_promise_what_dense_curvature_says(choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so does the step that is taken, without being measured again."""
+    told: list[tuple[list[float], list[float]]] = []
 
-    def promised(multiplier: LossMultiplier, course: Course, naturals: list[Direction]) -> list[float]:
-        falls = original(multiplier, course, naturals)
+    def promised(multiplier: LossMultiplier, course: Course, naturals: list[Direction]) -> tuple[list[float], Tensor]:
+        falls, M = PROMISED(multiplier, course, naturals)
         told.append((falls, dense_falls(optimizer.preconditioner.model, course, naturals)))
-        return falls
+        return [float(i == choice) for i in range(len(falls))], M
 
     monkeypatch.setattr(stiffness, "promised", promised)
+    original, firsts = LocalModel.curvature, []
+
+    def curvature(local: LocalModel, directions: Sequence[dict[str, Tensor]], is_first: bool = False) -> Tensor:
+        firsts.append(is_first)
+        return original(local, directions, is_first)
+
+    monkeypatch.setattr(LocalModel, "curvature", curvature)
     optimizer = natgrad.KFAC(network(), "mse")
-    train(optimizer, 4)
-    assert {len(falls) for falls, _ in told} >= {2}
-    for falls, expected in told:
+    for _ in range(trust.PATIENCE):
+        train(optimizer, 1)
+        falls, expected = told[-1]
         assert falls == pytest.approx(expected, rel=1e-8)
+        step = optimizer.diagnostics()
+        assert step["halvings"] == 0
+        assert step["predicted_change"] == pytest.approx(-expected[choice], rel=1e-8)
+    assert firsts == [True, False, False]  # no trial is taken for the previous step
+    assert len(told[1][0]) == 2 + choice
+    assert not Undeclared(trust_of(optimizer).state).is_found
 
 
 @pytest.mark.parametrize("inverse", ["cholesky", "eigen"])

@@ -108,14 +108,12 @@ class LocalModel:
         state: State | None = None,
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
-        self.ranks = ranks or Ranks()
-        self.forward, self.total_terms = forward, terms
+        self.ranks, self.forward, self.total_terms = ranks or Ranks(), forward, terms
         self.rearrange = forward.rearrange or rearrangement(forward.seen, forward.output)
         # The user's loss is so many times the declared one, and its gradient at the output so many times longer still.
         self.multiplier, self.scaler = 1.0, 1.0
         self._products = list[Tensor]()  # J d of the latest `curvature`
-        self._differentiates = False
-        self._state = state
+        self._differentiates, self._state = False, state
         self.jumps = None if state is None else Jumps(state)
         self._forward_mode = ForwardMode(state, draws=forward.chance is not None)
         self._ruled_out: Tensor | None = None  # where the user's output is −∞
@@ -183,24 +181,23 @@ class LocalModel:
         """Whether the network was seen to differentiate itself."""
         return self._differentiates
 
-    def curvature(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
+    def curvature(self, directions: Sequence[dict[str, Tensor]], is_first: bool = False) -> Tensor:
         """M, of shape (k, k) in float64, for k directions by parameter name; other parameters do not move.
 
-        The last of several directions is the previous step, whose length says how far differences may look.
+        The last of several directions is the previous step, whose length says how far differences may look, unless the
+        coming one is the first.
         """
         parameters = self._parameters(directions[0])
         tangents = [{name: d[name].to(p.dtype) for name, p in parameters.items()} for d in directions]
-        previous, data = tangents[-1] if len(tangents) > 1 else None, self.forward.data / (self.ranks.part or 1.0)
-        known = self._known()
+        previous = tangents[-1] if len(tangents) > 1 and not is_first else None
+        known, data = self._known(), self.forward.data / (self.ranks.part or 1.0)
         self._before, self._products = along(
             self._run, parameters, tangents, previous, data, known, self.differentiates, self.jumps, self._forward_mode
         )
         _, at = self._before
         root = self._weigh(at).sqrt()
-        J = torch.stack([(product * root).flatten() for product in self._products])
-        HJ = torch.stack(
-            [(root * self.likelihood.hessian_product(at, product)).flatten() for product in self._products]
-        )
+        bent = [root * self.likelihood.hessian_product(at, product) for product in self._products]
+        J, HJ = (torch.stack([t.flatten() for t in rows]) for rows in ([root * p for p in self._products], bent))
         return self.ranks.mean(self._scale(at) * (J @ HJ.mT))
 
     def slopes(self, directions: Sequence[dict[str, Tensor]]) -> Tensor | None:

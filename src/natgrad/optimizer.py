@@ -243,10 +243,10 @@ class KFAC(torch.optim.Optimizer):
         looks, own = self.preconditioner.capture.sampling, self.preconditioner.gradient  # the damping is automatic
         course = Course(self._names, natural, previous, onward, own, lr if self.automatic_lr else 1.0, looks)
         if averaged is None and looks and self.preconditioner.may_average and min(shares.values()) == 1:
-            natural = course.natural = stiffness.search(self.preconditioner, self._require_pass(), course)
+            stiffness.search(self.preconditioner, self._require_pass(), course)
         alpha, mu = self._coefficients(course, averaged, lr)
         self._diagnostics.update(lr=alpha, momentum=mu)
-        self._move(natural, onward, shares, alpha, mu)
+        self._move(course.natural, onward, shares, alpha, mu)
         self._statistics = RunningStatistics(self.preconditioner.model) if self.automatic_lr else None
         if self.preconditioner.may_average and averaged is None:
             self._averages().rest()

@@ -56,6 +56,7 @@ def choose(
     given: Sequence[float | None],
     find_rest: Callable[[LocalModel, Sequence[dict[str, Tensor]], Tensor], Rest | None],
     judge: Callable[[float], float],
+    M: Tensor | None = None,
 ) -> tuple[Tensor, Change, dict[str, float]]:
     """Coefficients of the directions that lower the loss, by the model and then in fact.
 
@@ -68,12 +69,13 @@ def choose(
         find_rest: What of the loss was not declared, once the curvature of what was is known.
         judge: From the change of the loss by the previous step, 0 if there was none, to what a free coefficient of the
             natural gradient is multiplied by.
+        M: Curvature of the loss along the directions, if ``local`` was just asked for it.
 
     Returns:
         The coefficients; what the latest step that was tried would do, by ``local``; and diagnostics. All coefficients
         are zero when even the shortest step does not lower the loss.
     """
-    M = local.curvature(directions)
+    M = local.curvature(directions) if M is None else M
     rest = find_rest(local, directions, b)
     M = M if rest is None else M + rest.curvature
     c = minimize(M, b, given)

@@ -47,6 +47,7 @@ class Course:
         gradient: Of the loss on this batch.
         times: What a chosen step is multiplied by before it is taken.
         looks: Whether to look for a reason where steps are refused; with a damping that was given, that may be it.
+        curvature: M of the quadratic model along the directions, where that is known already.
     """
 
     names: Mapping[nn.Parameter, str]
@@ -56,6 +57,7 @@ class Course:
     gradient: Gradient
     times: float
     looks: bool
+    curvature: Tensor | None = None
 
     def directions(self) -> list[dict[str, Tensor]]:
         """By parameter name: downhill along the natural gradient; onward, where rates are uneven; the previous step."""
@@ -151,7 +153,7 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
         # What nothing refutes stands.
         return trust.judge(promised, change if is_witness else promised, lambda: multiplier.changed_by(course.back))
 
-    c, seen, told = quadratic.choose(multiplier.local, directions, b, given, rest.along, judge)
+    c, seen, told = quadratic.choose(multiplier.local, directions, b, given, rest.along, judge, course.curvature)
     slope, bend = (own + more for own, more in zip(seen[:2], rest.parts(c), strict=True))
     _look_back(multiplier, course, told, promised)
     multiplier.promise(course.times * slope, course.times**2 * bend)

@@ -43,8 +43,8 @@ class Trial(NamedTuple):
     placed: Placed
 
 
-def search(preconditioner: Preconditioner, multiplier: LossMultiplier, course: Course) -> Direction:
-    """The natural gradient that is best to go along; the inverses that made it are in place afterwards.
+def search(preconditioner: Preconditioner, multiplier: LossMultiplier, course: Course) -> None:
+    """Let the course go along the natural gradient that is best, and the inverses that made it be in place.
 
     Args:
         preconditioner: Whose inverses have just been refreshed, or not.
@@ -54,7 +54,7 @@ def search(preconditioner: Preconditioner, multiplier: LossMultiplier, course: C
     trust, metric = Trust(multiplier.state), preconditioner.metric
     # What was not declared bends the loss as well, by what is not known of other directions.
     if not (metric.renewed and trust.is_stiffness_open) or multiplier.undeclared.is_found:
-        return course.natural
+        return
     states, before = preconditioner.states(), trust.stiffening
     trials = [Trial(before, course.natural, metric.placed(states))]
     for factor in (before * STEP, before / STEP):
@@ -64,21 +64,24 @@ def search(preconditioner: Preconditioner, multiplier: LossMultiplier, course: C
             there = preconditioner.directions()
             natural = {p: there[p].contiguous() for p in course.natural}
             trials.append(Trial(factor, natural, metric.placed(states)))
-    falls = promised(multiplier, course, [trial.natural for trial in trials])
-    best = trials[max(range(len(trials)), key=falls.__getitem__)]  # the first of several
+    falls, M = promised(multiplier, course, [trial.natural for trial in trials])
+    number = max(range(len(trials)), key=falls.__getitem__)  # the first of several
+    best, along = trials[number], [number, *range(len(trials), len(M))]
     metric.place(states, best.placed)
     trust.found(best.stiffening, is_refusal=best.stiffening == before == 1)
-    return best.natural
+    course.natural = best.natural
+    if multiplier.loss == 1:  # it will be divided by that
+        course.curvature = M[along][:, along]
 
 
-def promised(multiplier: LossMultiplier, course: Course, naturals: list[Direction]) -> list[float]:
-    """By how much the quadratic model falls over the best step along each of them and the previous step."""
+def promised(multiplier: LossMultiplier, course: Course, naturals: list[Direction]) -> tuple[list[float], Tensor]:
+    """By how much the quadratic model falls over the best step along each of them and the previous step; and its M."""
     downhill = [{course.names[p]: -d for p, d in natural.items()} for natural in naturals]
     back = [course.back] if course.previous else []
     slopes = [-dot(natural, course.gradient) for natural in naturals] + [course.slope()] * len(back)
     b = multiplier.ranks.mean(torch.stack([slope.cpu() for slope in slopes]))
-    M = multiplier.local.curvature([*downhill, *back])
-    return [_fall(M, b, [i, *range(len(naturals), len(b))]) for i in range(len(naturals))]
+    M = multiplier.local.curvature([*downhill, *back], is_first=not back)
+    return [_fall(M, b, [i, *range(len(naturals), len(b))]) for i in range(len(naturals))], M
 
 
 def _fall(M: Tensor, b: Tensor, along: list[int]) -> float:
