@@ -492,6 +492,7 @@ BUGS = {
     "a step as if the first trial had been the best": Bug("stiffness.py", "course.curvature = M[along][:, along]", "course.curvature = M[: len(along), : len(along)]", STIFF),
     "trials measured twice": Bug("quadratic.py", "local.curvature(directions) if M is None else M", "local.curvature(directions)", STIFF),
     "a trial taken for the previous step": Bug("stiffness.py", ", is_first=not back)", ")", STIFF),
+    "rounding taken for a better trial": Bug("stiffness.py", "(1 + BETTER) * falls[0]", "0.999999 * falls[0]", STIFF),
     "inputs damped by the latest G": Bug("inverses.py", 'of_A = known["A_inverse"] if known', 'of_A = known["G_inverse"] if known', STIFF),
 }  # fmt: skip
 

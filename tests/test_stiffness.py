@@ -13,7 +13,7 @@ from natgrad import stiffness, trust
 from natgrad.local_model import LocalModel
 from natgrad.multiplier import LossMultiplier
 from natgrad.rates import Course, Direction
-from natgrad.stiffness import MOST, STEP
+from natgrad.stiffness import BETTER, MOST, STEP
 from natgrad.trust import Trust
 from natgrad.undeclared import Undeclared
 from oracle import relative_error
@@ -104,6 +104,19 @@ def test_trials_promise_what_dense_curvature_says(choice: int, monkeypatch: pyte
     assert firsts == [True, False, False]  # no trial is taken for the previous step
     assert len(told[1][0]) == 2 + choice
     assert not Undeclared(trust_of(optimizer).state).is_found
+
+
+@pytest.mark.parametrize(("fall", "stiffening"), [(1 + BETTER / 2, 1.0), (1 + 2 * BETTER, STEP)])
+def test_rounding_makes_no_trial_better(fall: float, stiffening: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where G is a multiple of I all trials go the same way, and the losses multiplied by a number must do the same."""
+
+    def promised(multiplier: LossMultiplier, course: Course, naturals: list[Direction]) -> tuple[list[float], Tensor]:
+        return [1.0, fall], PROMISED(multiplier, course, naturals)[1]
+
+    monkeypatch.setattr(stiffness, "promised", promised)
+    optimizer = natgrad.KFAC(network(), "mse")
+    train(optimizer, 1)
+    assert optimizer.diagnostics()["stiffening"] == stiffening
 
 
 @pytest.mark.parametrize("inverse", ["cholesky", "eigen"])

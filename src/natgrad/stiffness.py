@@ -27,6 +27,8 @@ from natgrad.trust import Trust
 
 # λ_G becomes so many times heavier or lighter at once, and at most so many times as heavy as derived.
 STEP, MOST = 10.0, 100.0
+# By less than this share a trial is not better, but rounded otherwise: where G is a multiple of I, all go the same way.
+BETTER = 1e-3
 
 
 class Trial(NamedTuple):
@@ -65,7 +67,8 @@ def search(preconditioner: Preconditioner, multiplier: LossMultiplier, course: C
             natural = {p: there[p].contiguous() for p in course.natural}
             trials.append(Trial(factor, natural, metric.placed(states)))
     falls, M = promised(multiplier, course, [trial.natural for trial in trials])
-    number = max(range(len(trials)), key=falls.__getitem__)  # the first of several
+    number = max(range(len(trials)), key=falls.__getitem__)
+    number = number if falls[number] > (1 + BETTER) * falls[0] else 0
     best, along = trials[number], [number, *range(len(trials), len(M))]
     metric.place(states, best.placed)
     trust.found(best.stiffening, is_refusal=best.stiffening == before == 1)
