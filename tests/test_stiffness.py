@@ -154,7 +154,7 @@ def test_it_goes_up_and_down_between_bounds_until_it_was_refused_in_a_row(monkey
     # Heavier or not; at 10 heavier or lighter; at the bound lighter or not.
     assert seen == [STEP, MOST, STEP, STEP, MOST, *[MOST] * (trust.PATIENCE + 2)]
     assert tried == [2, 3, 2, 3, 3, *[2] * (trust.PATIENCE + 2)]
-    tried = scripted(monkeypatch, 1)
+    scripted(monkeypatch, 1)
     optimizer = natgrad.KFAC(network(), "mse", inverse_period=1, curvature_period=1)
     train(optimizer, 1)
     scripted(monkeypatch, 2)  # lighter again

@@ -108,12 +108,14 @@ class LocalModel:
         state: State | None = None,
     ) -> None:
         self.model, self.likelihood, self.select = model, likelihood, select
-        self.ranks, self.forward, self.total_terms = ranks or Ranks(), forward, terms
+        self.ranks = ranks or Ranks()
+        self.forward, self.total_terms = forward, terms
         self.rearrange = forward.rearrange or rearrangement(forward.seen, forward.output)
         # The user's loss is so many times the declared one, and its gradient at the output so many times longer still.
         self.multiplier, self.scaler = 1.0, 1.0
         self._products = list[Tensor]()  # J d of the latest `curvature`
-        self._differentiates, self._state = False, state
+        self._differentiates = False
+        self._state = state
         self.jumps = None if state is None else Jumps(state)
         self._forward_mode = ForwardMode(state, draws=forward.chance is not None)
         self._ruled_out: Tensor | None = None  # where the user's output is −∞
@@ -196,8 +198,10 @@ class LocalModel:
         )
         _, at = self._before
         root = self._weigh(at).sqrt()
-        bent = [root * self.likelihood.hessian_product(at, product) for product in self._products]
-        J, HJ = (torch.stack([t.flatten() for t in rows]) for rows in ([root * p for p in self._products], bent))
+        J = torch.stack([(product * root).flatten() for product in self._products])
+        HJ = torch.stack(
+            [(root * self.likelihood.hessian_product(at, product)).flatten() for product in self._products]
+        )
         return self.ranks.mean(self._scale(at) * (J @ HJ.mT))
 
     def slopes(self, directions: Sequence[dict[str, Tensor]]) -> Tensor | None:

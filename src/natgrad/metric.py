@@ -143,10 +143,10 @@ class Metric:
             Trust(states[self.layers[0].name]).settle(averages)
         self._refresh(refreshed, states, step)
 
-    def stiffen(self, states: States, step: int) -> None:
-        """Make all inverses anew after another stiffening has been settled, as if at this step."""
+    def stiffen(self, states: States, step: int, stiffening: float) -> None:
+        """Make all inverses anew with another stiffening than the settled one, as if at this step."""
         inverted = self._agree(states)
-        self._refresh([layer for layer in self.layers if layer.name in inverted], states, step, is_stiffened=True)
+        self._refresh([layer for layer in self.layers if layer.name in inverted], states, step, stiffening)
 
     def placed(self, states: States) -> Placed:
         """The inverses as they are, to be put back by ``place``."""
@@ -213,12 +213,14 @@ class Metric:
             if latest is not None:
                 noise.remember(states[name], *latest, anew)
 
-    def _refresh(self, layers: list[Layer], states: States, step: int, is_stiffened: bool = False) -> None:
+    def _refresh(self, layers: list[Layer], states: States, step: int, tried: float | None = None) -> None:
+        """Make inverses anew; with a stiffening that is tried, their λ_G alone."""
         if not layers:
             return
         filled = [state for state in states.values() if "A" in state]
         curvature = dampings.mean_curvature([state["G"] for state in filled if state["A"].shape[-2] > 1])
         trust = Trust(states[self.layers[0].name])
+        stiffening = trust.stiffening if tried is None else tried
         pooled = noise.ratio(noise.known(filled))
         for layer in layers:
             state = states[layer.name]
@@ -226,11 +228,11 @@ class Metric:
             flush(state["G"])
             own = noise.ratio([float(state["noise"])]) if "noise" in state else pooled
             evidence = dampings.Evidence(
-                own, curvature, trust.settled_share, trust.ease, trust.settled_average, trust.stiffening
+                own, curvature, trust.settled_share, trust.ease, trust.settled_average, stiffening
             )
             damping = self.rule(state["A"], state["G"], evidence)
             if self.world.owns(layer.name):
-                known = state if is_stiffened else {}
+                known = {} if tried is None else state
                 state.update(self.inverse.factorize(state["A"], state["G"], damping, known))
             self.applied[layer.name] = diagnostics.Applied(damping, step)
             self.moved.discard(layer.name)

@@ -59,11 +59,22 @@ class Course:
     looks: bool
     curvature: Tensor | None = None
 
-    def directions(self) -> list[dict[str, Tensor]]:
-        """By parameter name: downhill along the natural gradient; onward, where rates are uneven; the previous step."""
-        downhill = {self.names[p]: -d for p, d in self.natural.items()}
+    def directions(self, *naturals: Direction) -> list[dict[str, Tensor]]:
+        """By parameter name: downhill along the natural gradient; onward, where rates are uneven; the previous step.
+
+        Args:
+            naturals: Natural gradients to go along in the place of the course's own.
+        """
+        downhill = [{self.names[p]: -d for p, d in natural.items()} for natural in naturals or (self.natural,)]
         onward = [self._named(self.onward)] if self.is_uneven else []
-        return [downhill, *onward, *([self.back] if self.previous else [])]
+        return [*downhill, *onward, *([self.back] if self.previous else [])]
+
+    def slopes(self, *naturals: Direction) -> Tensor:
+        """Of the loss along the directions, on the CPU."""
+        downhill = [-dot(natural, self.gradient) for natural in naturals or (self.natural,)]
+        onward = [dot(self.onward, self.gradient)] if self.is_uneven else []
+        back = [self.slope()] if self.previous else []
+        return torch.stack([slope.cpu() for slope in (*downhill, *onward, *back)])
 
     @property
     def is_uneven(self) -> bool:
@@ -141,10 +152,7 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
         given: α and μ where the user chose them, else None.
     """
     directions, promised, trust = course.directions(), multiplier.promised, Trust(multiplier.state)
-    onward = [dot(course.onward, course.gradient)] if course.is_uneven else []
-    slopes = [-dot(course.natural, course.gradient), *onward, course.slope()][: len(directions)]
-    b = multiplier.ranks.mean(torch.stack([slope.cpu() for slope in slopes]))
-    rest = multiplier.undeclared
+    b, rest = multiplier.ranks.mean(course.slopes()), multiplier.undeclared
     free = given[0] is None and not given[1]  # with a given momentum a shorter step is none downhill
     is_witness = free and not multiplier.is_repeated
     given = [*given, 0.0] if course.is_uneven else given[: len(directions)]

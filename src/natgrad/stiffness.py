@@ -14,10 +14,8 @@ Source: Martens and Grosse (2015), arXiv:1503.05671, section 6.6, who choose the
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from natgrad.clipping import dot
 from natgrad.metric import Placed
 from natgrad.multiplier import LossMultiplier
 from natgrad.preconditioner import Preconditioner
@@ -61,8 +59,7 @@ def search(preconditioner: Preconditioner, multiplier: LossMultiplier, course: C
     trials = [Trial(before, course.natural, metric.placed(states))]
     for factor in (before * STEP, before / STEP):
         if 1 <= factor <= MOST:
-            trust.stiffening = factor
-            metric.stiffen(states, preconditioner.steps - 1)
+            metric.stiffen(states, preconditioner.steps - 1, factor)
             there = preconditioner.directions()
             natural = {p: there[p].contiguous() for p in course.natural}
             trials.append(Trial(factor, natural, metric.placed(states)))
@@ -79,11 +76,8 @@ def search(preconditioner: Preconditioner, multiplier: LossMultiplier, course: C
 
 def promised(multiplier: LossMultiplier, course: Course, naturals: list[Direction]) -> tuple[list[float], Tensor]:
     """By how much the quadratic model falls over the best step along each of them and the previous step; and its M."""
-    downhill = [{course.names[p]: -d for p, d in natural.items()} for natural in naturals]
-    back = [course.back] if course.previous else []
-    slopes = [-dot(natural, course.gradient) for natural in naturals] + [course.slope()] * len(back)
-    b = multiplier.ranks.mean(torch.stack([slope.cpu() for slope in slopes]))
-    M = multiplier.local.curvature([*downhill, *back], is_first=not back)
+    b = multiplier.ranks.mean(course.slopes(*naturals))
+    M = multiplier.local.curvature(course.directions(*naturals), is_first=not course.previous)
     return [_fall(M, b, [i, *range(len(naturals), len(b))]) for i in range(len(naturals))], M
 
 

@@ -145,10 +145,6 @@ class Trust:
         """What λ_G is multiplied by."""
         return self._stiffness.factor
 
-    @stiffening.setter
-    def stiffening(self, factor: float) -> None:
-        self._stiffness = self._stiffness._replace(factor=factor)
-
     @property
     def is_stiffness_open(self) -> bool:
         """Whether a heavier λ_G may still be better."""
