@@ -18,6 +18,7 @@ from natgrad.averaging import (
     RISING,
     SHORTEST_WINDOW,
     SHRINK,
+    STEEP,
     WINDOW,
     Averages,
     Pace,
@@ -109,7 +110,7 @@ def test_rates_rise_once_a_window_and_where_the_error_fell(error: float, rises: 
     for window in ([1.0] * SHORTEST_WINDOW, [error] * SHORTEST_WINDOW):
         for number, latest in enumerate(window):
             state["step"] = torch.tensor(float(number))
-            one.note(latest, 0.0, of_residuals=True)
+            one.note(latest, 0.0, of_residuals=True, noisy=False)
             one.measure(2.0, 1e-6)
     expected = 2 + rises  # in the first window, and after it, as it had nothing to compare with
     assert one.ratio == pytest.approx(4.0 / RISE**expected)
@@ -125,8 +126,10 @@ def test_a_rate_that_fell_by_much_comes_back_without_climbing_window_by_window(e
     window = Progress(before=1.0, least=1.0)
     for _ in range(SHORTEST_WINDOW):
         window = window.note(error, 0.1, -1.0)
-    assert window.next(pace=40.0, of_residuals=True).least == RISE
-    assert window._replace(least=0.0).next(pace=40.0, of_residuals=True).least == (40.0 / RISE if error < 1 else 40.0)
+    assert window.next(pace=40.0, of_residuals=True, noisy=False).least == RISE
+    assert window._replace(least=0.0).next(pace=40.0, of_residuals=True, noisy=False).least == (
+        40.0 / RISE if error < 1 else 40.0
+    )
 
 
 def test_the_noise_left_is_that_of_independent_gradients() -> None:
@@ -190,7 +193,7 @@ def test_an_average_that_starts_anew_is_not_followed_to_infinity() -> None:
     one.rest()
     for number in range(4 * SHORTEST_WINDOW):  # windows end, and nothing is measured
         state["step"] = torch.tensor(100.0 + number)
-        one.note(1.0, 0.0, of_residuals=True)
+        one.note(1.0, 0.0, of_residuals=True, noisy=False)
     one.measure(2.0, 0.0)
     assert one.rate <= one.factor * RISE * ANEW / 4 * (1 + 1e-6)
 
@@ -205,14 +208,16 @@ def test_a_step_that_had_to_be_halved_halves_the_rate() -> None:
 # Progress.
 
 
-def progress(errors: list[float], slope: float = 0.0, step: float = 0.0, factor: float = 1.0) -> float:
+def progress(
+    errors: list[float], slope: float = 0.0, step: float = 0.0, factor: float = 1.0, noisy: bool = False
+) -> float:
     """What steps are multiplied by after so many batches; each step is to have had the slope −1 at its start."""
     state: dict[str, Tensor] = {}
     one = pace(state)
     state["progress"] = torch.tensor(Progress(factor=factor))
     for number, error in enumerate(errors):
         state["step"] = torch.tensor(step + number)
-        one.note(error, slope, of_residuals=True)
+        one.note(error, slope, of_residuals=True, noisy=noisy)
     return one.factor
 
 
@@ -222,6 +227,13 @@ def test_steps_become_shorter_once_the_error_stops_falling(fall: float, expected
     assert progress(first) == 1.0  # with nothing to compare
     assert progress(first + second[1:]) == 1.0
     assert progress(first + second) == pytest.approx(expected)
+
+
+def test_steps_become_shorter_faster_where_batches_are_nothing_but_noise() -> None:
+    """And longer again as elsewhere. Catches embeddings whose steps are too long for hundreds of steps."""
+    window = [1.0] * SHORTEST_WINDOW
+    assert progress(window * 2, noisy=True) == pytest.approx(STEEP)
+    assert progress(window, -1.1 * PERSISTENT, factor=0.5, noisy=True) == pytest.approx(0.5 / SHRINK)
 
 
 def test_windows_grow_with_the_steps() -> None:
@@ -253,8 +265,8 @@ def test_an_error_of_no_residuals_is_no_reason_either(rising: bool) -> None:
     for number in range(16):
         window = window.note(2.0, 0.1 if rising or number % 3 else -0.1, -1.0)
     assert (window.slopes > RISING * math.sqrt(window.squares)) == rising
-    assert window.next(1.0, of_residuals=False).factor == (SHRINK if rising else 1.0)
-    assert window.next(1.0, of_residuals=True).factor == SHRINK
+    assert window.next(1.0, of_residuals=False, noisy=False).factor == (SHRINK if rising else 1.0)
+    assert window.next(1.0, of_residuals=True, noisy=False).factor == SHRINK
 
 
 def test_an_error_of_no_residuals_is_no_progress() -> None:
@@ -262,8 +274,8 @@ def test_an_error_of_no_residuals_is_no_progress() -> None:
     window = Progress(before=1.0)
     for _ in range(16):
         window = window.note(0.5, 0.1, -1.0)
-    assert window.next(1.0, of_residuals=False).factor == SHRINK
-    assert Progress(steps=8.0, errors=16.0, before=1.0).next(1.0, of_residuals=False).factor == 1.0
+    assert window.next(1.0, of_residuals=False, noisy=False).factor == SHRINK
+    assert Progress(steps=8.0, errors=16.0, before=1.0).next(1.0, of_residuals=False, noisy=False).factor == 1.0
 
 
 def test_slopes_that_noise_explains_are_no_evidence() -> None:
@@ -271,11 +283,11 @@ def test_slopes_that_noise_explains_are_no_evidence() -> None:
     window = Progress(before=1.0)
     for number in range(SHORTEST_WINDOW):
         window = window.note(1.0, -1.0 if number == 0 else 0.1, -1.0)
-    after = window.next(pace=2.0, of_residuals=True)
+    after = window.next(pace=2.0, of_residuals=True, noisy=False)
     assert (after.factor, after.least) == (SHRINK, 2.0)
     for _ in range(SHORTEST_WINDOW):
         after = after.note(1.0, -0.01, -1.0)
-    again = after.next(pace=4.0, of_residuals=True)
+    again = after.next(pace=4.0, of_residuals=True, noisy=False)
     assert (again.factor, again.least) == (SHRINK, 4.0 / RISE)
     assert again[:3] == (0.0, 0.0, 0.0)
     assert again[6:] == (0.0, 0.0, 0.0)
@@ -301,7 +313,7 @@ def test_a_single_batch_counts_for_no_more_than_the_whole_slope() -> None:
     state["progress"] = torch.tensor(Progress(factor=0.5))
     for number in range(SHORTEST_WINDOW):
         state["step"] = torch.tensor(float(number))
-        one.note(1.0, 0.0 if number else -1e6, of_residuals=True)
+        one.note(1.0, 0.0 if number else -1e6, of_residuals=True, noisy=False)
     assert one.factor == 0.5
 
 
@@ -309,5 +321,5 @@ def test_after_a_step_that_was_not_taken_nothing_persists() -> None:
     state: dict[str, Tensor] = {}
     one = pace(state)
     one.rest()
-    one.note(1.0, -1.0, of_residuals=True)
+    one.note(1.0, -1.0, of_residuals=True, noisy=False)
     assert state["progress"].tolist()[:3] == [1.0, 1.0, 0.0]

@@ -112,7 +112,7 @@ def held() -> dict[int, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_memory_is_what_is_held_between_steps(dtype: torch.dtype) -> None:
     """Catches a tensor that is not counted, and anything of a batch that is not let go of: sums, samples, outputs."""
-    model = nn.Sequential(nn.Conv1d(4, 12, 3, groups=2), nn.PReLU(12), nn.Flatten(), nn.Linear(60, 9), nn.Linear(9, 9))
+    model = nn.Sequential(nn.Conv1d(4, 14, 3, groups=2), nn.PReLU(14), nn.Flatten(), nn.Linear(70, 9), nn.Linear(9, 9))
     model.to(dtype)
     fingerprint(torch.empty(600, 4, 7))  # which keeps the places that it looks at, once for all optimizers
     before = held()
@@ -126,7 +126,7 @@ def test_memory_is_what_is_held_between_steps(dtype: torch.dtype) -> None:
         del x, y
         kept = [t.untyped_storage().nbytes() for place, t in held().items() if place not in before]
         # Ages, noise and counts of steps are smaller.
-        assert sum(size for size in kept if size > 20) == natgrad.describe(model).memory, step
+        assert sum(size for size in kept if size > 24) == natgrad.describe(model).memory, step
 
 
 def test_factors_that_are_too_large_for_the_other_one_are_diagonals() -> None:

@@ -252,7 +252,7 @@ def test_the_state_of_another_version_is_refused_and_named() -> None:
     train(optimizer, 0)
     saved = optimizer.state_dict()
     saved["state"][0] = {**saved["state"][0], "ease": torch.ones(4)}
-    with pytest.raises(ValueError, match="another version of natgrad: 'ease' of layer '0' holds 4 numbers, not 5"):
+    with pytest.raises(ValueError, match="another version of natgrad: 'ease' of layer '0' holds 4 numbers, not 6"):
         new.load_state_dict(saved)
     assert new.preconditioner.steps == 0
 

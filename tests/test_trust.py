@@ -12,11 +12,12 @@ from natgrad.trust import Ease, Evidence, Trust
 FAIR, POOR = (2 * trust.FAIR_RATE, 2 * trust.FAIR_SHARE), (trust.POOR_RATE / 2, trust.POOR_SHARE / 2)
 
 
-def settled(start: float, rates: list[float], share: float) -> float:
-    kept = Trust({"ease": torch.tensor(Ease(start)), "evidence": torch.tensor(Evidence(confirmed=share))})
+def settled(start: float, rates: list[float], share: float, averaged: bool = False) -> float:
+    ease = Ease(averaged=True, averaged_factor=start) if averaged else Ease(start)
+    kept = Trust({"ease": torch.tensor(ease), "evidence": torch.tensor(Evidence(confirmed=share))})
     for rate in rates:
-        kept.chose(rate)
-    kept.settle(averaged=False)
+        kept.chose(rate, averaged)
+    kept.settle(averaged)
     return kept.ease
 
 
@@ -34,13 +35,30 @@ def test_damping_is_eased_where_rate_and_share_are_fair_and_not_where_either_is_
     rate: float, share: float, factor: float
 ) -> None:
     assert settled(0.125, [rate], share) == pytest.approx(0.125 * factor)
+    gentler = {trust.EASIER: trust.AVERAGED_EASIER, trust.HARDER: trust.AVERAGED_HARDER, 1.0: 1.0}[factor]
+    assert settled(0.125, [rate], share, averaged=True) == pytest.approx(0.125 * gentler)
+
+
+def test_dampings_of_averaged_gradients_and_of_others_are_eased_apart() -> None:
+    """By steps of their own kind: those along averages with the inverses of before tell nothing of either."""
+    kept = Trust({"evidence": torch.tensor(Evidence(confirmed=FAIR[1]))})
+    kept.chose(FAIR[0], averaged=False)
+    kept.chose(POOR[0] ** 4, averaged=True)
+    kept.settle(averaged=True)
+    assert kept.ease == 1.0
+    kept.chose(POOR[0] ** 4, averaged=False)
+    kept.chose(FAIR[0], averaged=True)
+    kept.settle(averaged=False)
+    assert kept.ease == trust.EASIER
+    kept.settle(averaged=True)
+    assert kept.ease == pytest.approx(trust.AVERAGED_EASIER)
 
 
 def test_the_rate_is_the_geometric_mean_since_the_last_time() -> None:
     """An arithmetic one would be fair; and rates are forgotten once they were judged."""
     assert settled(0.125, [1.0, 1e-3], FAIR[1]) == 0.125
     kept = Trust({"evidence": torch.tensor(Evidence(confirmed=FAIR[1]))})
-    kept.chose(FAIR[0])
+    kept.chose(FAIR[0], averaged=False)
     for _ in range(3):
         kept.settle(averaged=False)
     assert kept.ease == trust.EASIER
@@ -66,7 +84,7 @@ def test_what_comes_after_the_inverses_is_not_what_they_were_made_with() -> None
     kept = Trust({"evidence": torch.tensor(Evidence(confirmed=0.25))})
     kept.settle(averaged=True)
     kept.confirm(1.0)
-    kept.chose(FAIR[0])
+    kept.chose(FAIR[0], averaged=True)
     assert kept.settled_share == 0.25
     assert kept.settled_average
     assert kept.confirmed == pytest.approx(0.4)
@@ -129,27 +147,34 @@ def test_linear_regression_eases_its_damping(share: float, eased: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("promised", "change", "factor"),
+    ("share", "promised", "change", "factor"),
     [
-        (-1.0, 1.1 * trust.REFUTED, trust.BACK),
-        (-1.0, 0.9 * trust.REFUTED, trust.FORTH),
-        (-1.0, -5.0, trust.FORTH),
-        (0.0, 9.0, 1.0),
+        (FAIR[1], -1.0, 1.1 * trust.REFUTED, trust.BACK),
+        (FAIR[1], -1.0, 0.9 * trust.REFUTED, trust.FORTH),
+        (FAIR[1], -1.0, -5.0, trust.FORTH),
+        (FAIR[1], 0.0, 9.0, 1.0),
+        (POOR[1], -1.0, 1.1 * trust.NOISY_REFUTED, trust.BACK),
+        (POOR[1], -1.0, 0.9 * trust.NOISY_REFUTED, trust.NOISY_FORTH),
+        (-1.0, -1.0, 1.1 * trust.NOISY_REFUTED, trust.BACK),
+        (-1.0, -1.0, -1.0, trust.NOISY_FORTH),
     ],
 )
 def test_rates_become_smaller_where_a_batch_refutes_what_was_promised(
-    promised: float, change: float, factor: float
+    share: float, promised: float, change: float, factor: float
 ) -> None:
-    """By its loss rising more than half of what was promised; a step that promised nothing shows nothing."""
-    kept = Trust({"evidence": torch.tensor(Evidence(caution=0.25))})
-    assert kept.judge(promised, change, lambda: change) == kept.caution == 0.25 * factor
+    """By its loss rising more than half of what was promised; a step that promised nothing shows nothing.
+
+    Where little of what steps promise is confirmed, or is not known yet, a fifth refutes, and rates recover slowly.
+    """
+    kept = Trust({"evidence": torch.tensor(Evidence(confirmed=share, caution=0.25))})
+    assert kept.judge(promised, change, lambda: change) == kept.caution == pytest.approx(0.25 * factor)
     assert Trust({}).judge(-1.0, -1.0, lambda: -1.0) == 1.0
 
 
 @pytest.mark.parametrize(("in_fact", "factor"), [(-0.5, trust.FORTH), (0.9, trust.BACK)])
 def test_what_the_model_refutes_is_looked_at_in_fact(in_fact: float, factor: float) -> None:
     """And only that. Catches a first step that halves the loss, cut since the model's parabola rises at its end."""
-    kept, asked = Trust({"evidence": torch.tensor(Evidence(caution=0.25))}), []
+    kept, asked = Trust({"evidence": torch.tensor(Evidence(confirmed=FAIR[1], caution=0.25))}), []
 
     def look() -> float:
         asked.append(True)
@@ -162,10 +187,11 @@ def test_what_the_model_refutes_is_looked_at_in_fact(in_fact: float, factor: flo
 
 
 def test_a_step_that_is_undone_makes_rates_smaller_and_there_is_a_least() -> None:
-    state: dict[str, Tensor] = {}
+    state = {"evidence": torch.tensor(Evidence(confirmed=FAIR[1]))}
     assert Trust(state).lets_stand(-1.0, 0.9 * trust.REFUTED)
-    assert not state
+    assert Trust(state).caution == 1.0
     assert not Trust(state).lets_stand(-1.0, 1.1 * trust.REFUTED)
+    assert not Trust({}).lets_stand(-1.0, 1.1 * trust.NOISY_REFUTED)
     assert Trust(state).caution == trust.BACK
     for _ in range(10):
         Trust(state).lets_stand(-1.0, 1.1)

@@ -15,7 +15,8 @@ once in each.
 
 Where gᵀΔ < uᵀΔ the average is out of date: the step is shortened as much, and where gᵀΔ < 0 the average starts anew.
 
-The factor f is 1 until there is no more progress; noise then makes steps undo each other, and they become shorter.
+The factor f is 1 until there is no more progress; noise then makes steps undo each other, and they become shorter, and
+faster where later batches confirm next to nothing of what they promise.
 Where the slope along a step is still mostly there when it has been taken, they become longer again. Progress is an
 error of new batches that falls, the squared gradient at the output, or a loss that still falls where steps end: that
 of absolute errors and moving targets does not show in the error. Both are looked at over windows that
@@ -47,10 +48,10 @@ EVERY, LONGER = 8, 2.0
 RISE, ANEW = 2.0, 100.0
 # A window is this share of the steps before it, and no fewer than so many steps.
 WINDOW, SHORTEST_WINDOW = 0.25, 8
-# Error must fall by this share from one window to the next, or f by SHRINK, unless the loss still falls where steps end
-# by FALLING standard deviations, or, where the error is no residual, does not rise by RISING; f grows where more than
-# PERSISTENT of the slope persists on average.
-GAIN, SHRINK, FALLING, RISING, PERSISTENT = 0.002, 0.7, 1.0, 2.0, 0.3
+# Error must fall by this share from one window to the next, or f by SHRINK, or by STEEP where next to nothing is
+# confirmed; unless the loss still falls where steps end by FALLING standard deviations, or, where the error is no
+# residual, does not rise by RISING. f grows where more than PERSISTENT of the slope persists on average.
+GAIN, SHRINK, STEEP, FALLING, RISING, PERSISTENT = 0.002, 0.7, 0.5, 1.0, 2.0, 0.3
 # Squared gradients at the output this many times what they were in the window before say that training diverges, if
 # they are so in a row.
 LOST, IN_A_ROW = 10.0, 4
@@ -185,8 +186,8 @@ class Progress(NamedTuple):
         """Whether an error is so much above that of the window before that no noise is that large."""
         return error > LOST * self.before > 0
 
-    def next(self, pace: float, of_residuals: bool) -> "Progress":
-        """The window after this one, which is over; with the pace, and whether errors are squared residuals."""
+    def next(self, pace: float, of_residuals: bool, noisy: bool) -> "Progress":
+        """The window after this one, which is over; with the pace, and the rest as for ``Pace.note``."""
         error = self.errors / self.steps
         spread = math.sqrt(self.squares)
         if of_residuals:
@@ -197,7 +198,7 @@ class Progress(NamedTuple):
         if self.persisted > PERSISTENT * self.steps:
             factor = min(factor / SHRINK, 1.0)
         elif not gains:
-            factor *= SHRINK
+            factor *= STEEP if noisy else SHRINK
         # A rate that fell by more goes back to what it was without having to rise again, window by window.
         least = min(pace / RISE if gains else pace, RISE * self.least or math.inf)
         return Progress(before=error, factor=factor, least=least or self.least)  # while no step is taken
@@ -299,18 +300,19 @@ class Pace:
         if self.known:
             self._latest = Latest(pace=0.0)
 
-    def note(self, error: float, slope: float, of_residuals: bool) -> None:
+    def note(self, error: float, slope: float, of_residuals: bool, noisy: bool) -> None:
         """Follow the progress, once for each batch.
 
         Args:
             error: Mean squared gradient at the output.
             slope: Of the loss along the latest step, by the gradient of this batch.
             of_residuals: Whether the error is one of squared residuals, which fall with the loss.
+            noisy: Whether batches confirm next to nothing of what steps promise.
         """
         latest = self._progress.note(error, slope, self._latest.slope)
         is_over = latest.steps >= max(SHORTEST_WINDOW, WINDOW * (float(self.state["step"]) - latest.steps))
         if is_over and not 0 < latest.lost <= IN_A_ROW:  # it will be seen whether these are outliers
-            latest = latest.next(self._latest.pace, of_residuals)
+            latest = latest.next(self._latest.pace, of_residuals, noisy)
         self._progress = latest
 
     def forget(self) -> None:

@@ -72,7 +72,7 @@ class Evidence:
         noise_to_signal: Of the gradient, in the metric of the step.
         curvature: Mean diagonal of G over all layers.
         confirmed: Of the fall of the loss that steps promised, the share that the batches after them confirmed.
-        ease: What both dampings are multiplied by, unless gradients are averaged.
+        ease: What both dampings are multiplied by.
         averaged: Whether gradients are averaged over batches.
         stiffening: What λ_G is multiplied by besides, unless they are.
     """
@@ -134,16 +134,16 @@ def _split(delta: float, A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
 
 def automatic(A: Tensor, G: Tensor, evidence: Evidence) -> Damping:
     """λ_A from noise and signal, λ_G from the curvature of the whole network; a single input needs no λ_A."""
-    averaged, ease = evidence.averaged, 1.0 if evidence.averaged else evidence.ease
+    averaged, ease = evidence.averaged, evidence.ease
     stiffness: Tensor | float = STIFFNESS * evidence.curvature * ease * evidence.stiffening
     if averaged:
-        stiffness = AVERAGED_STIFFNESS * mean_diagonal(G).clamp(min=LEAST_OWN * evidence.curvature)
+        stiffness = AVERAGED_STIFFNESS * ease * mean_diagonal(G).clamp(min=LEAST_OWN * evidence.curvature)
     if A.shape[-2] == 1:
         return Damping(0.0, stiffness)
     mean = mean_diagonal(A)
     doubt = AVERAGED_DOUBT if averaged else max(1 - 2 * evidence.confirmed, LEAST_DOUBT)
     ridge = RIDGE * ease * evidence.noise_to_signal * doubt**2 * (mean * mean_without_largest(A)).sqrt()
-    least = AVERAGED_LEAST if averaged else LEAST
+    least = max(AVERAGED_LEAST * ease, LEAST) if averaged else LEAST
     return Damping(ridge.clamp(least * mean, MOST * mean), stiffness)
 
 

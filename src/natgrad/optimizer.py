@@ -374,7 +374,7 @@ class KFAC(torch.optim.Optimizer):
               the ratio of ``kl_kfac`` to it says how well the blocks know the curvature along the step.
             - ``confirmed``: of the fall of the loss that steps promised, the share that later batches confirmed.
             - ``caution``: what rates are multiplied by, as batches refuted steps made for others.
-            - ``ease``: what the automatic damping is multiplied by without averaging, see :mod:`natgrad.trust`.
+            - ``ease``: what the automatic damping is multiplied by, see :mod:`natgrad.trust`.
             - ``stiffening``: what λ_G is multiplied by besides, see :mod:`natgrad.stiffness`.
             - ``shortening``: with averaging, what steps are multiplied by since there is no more progress.
             - ``loss_multiplier``: what the loop multiplies the declared loss by, as far as that can be known; see

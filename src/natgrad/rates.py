@@ -172,7 +172,7 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
     else:
         rest.took(course.times * c)
     if given[0] is None:
-        trust.chose(float(c[0]))
+        trust.chose(float(c[0]), averaged=False)
     told |= trust.told()
     return float(c[0]), float(c[1]) if course.previous else 0.0, told
 
@@ -191,7 +191,8 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     slopes = [dot(course.natural, course.gradient), dot(course.natural, averaged), course.slope()]
     own, slope, back = multiplier.ranks.mean(torch.stack([one.cpu() for one in slopes])).tolist()
     error = multiplier.error()
-    pace.note(error, back, multiplier.likelihood.of_residuals and not multiplier.undeclared.is_found)
+    of_residuals = multiplier.likelihood.of_residuals and not multiplier.undeclared.is_found
+    pace.note(error, back, of_residuals, trust.is_noisy)
     told: Told = {"shortening": pace.factor}
     multiplier.forget()
     if not (0 < own < math.inf and 0 < slope < math.inf):
@@ -212,6 +213,7 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
         multiplier.reject()
         return 0.0, told
     alpha = kept * along.fresh * pace.rate * trust.caution
+    trust.chose(alpha, averaged=True)
     step = course.times * alpha
     bend = step**2 * slope * pace.ratio
     pace.take(kept, -step * slope, -step * own + bend / 2)

@@ -13,9 +13,10 @@ A step is made for one batch, by blocks that know neither each other nor other d
   curvature along their direction is larger than they say.
 
 Where a fair rate was chosen and a fair share confirmed, less damping would have done, and is tried the next time; where
-either is small there was too little. Where next to nothing is confirmed, batches are mostly noise, and gradients are
-averaged over them (:mod:`natgrad.averaging`). Only steps can tell: on linear networks and for smooth solutions of
-differential equations damping must fall to nothing, while noisy minibatches need all that there is.
+either is small there was too little. The dampings of averaged gradients, and of others, are eased apart. Where next to
+nothing is confirmed, batches are mostly noise, and gradients are averaged over them (:mod:`natgrad.averaging`). Only
+steps can tell: on linear networks and for smooth solutions of differential equations damping must fall to nothing,
+while noisy minibatches need all that there is.
 """
 
 import math
@@ -31,12 +32,16 @@ DECAY = 0.8
 # by HARDER where the one was below POOR_RATE or the other below POOR_SHARE. Between 1 and LEAST of what it would be.
 FAIR_RATE, FAIR_SHARE, EASIER = 0.1, 0.2, 0.25
 POOR_RATE, POOR_SHARE, HARDER = 0.03, 0.1, 2.0
+# The same along averaged gradients, whose batches are others than those of the factors.
+AVERAGED_EASIER, AVERAGED_HARDER = 0.7, 1.4
 LEAST = 0.003
 # No heavier λ_G is tried once it was refused so many times in a row.
 PATIENCE = 3
 # A step is refuted by a batch whose loss rose by more than REFUTED of what it promised to lower its own. Rates fall by
-# BACK then, and recover by FORTH at every other; between 1 and SLOWEST.
+# BACK then, and recover by FORTH at every other; between 1 and SLOWEST. Where less than POOR_SHARE is confirmed, as at
+# first, promises are mostly learnt by heart: less of them refutes, and rates recover slowly.
 REFUTED, BACK, FORTH, SLOWEST = 0.5, 0.25, 2.0, 1e-4
+NOISY_REFUTED, NOISY_FORTH = 0.2, 1.2
 LEAST_RATE = 1e-6  # of a step that was not taken
 # Gradients are averaged once less than LITTLE is confirmed, and until more than MUCH is; not at the first steps, which
 # are too long to be foreseen.
@@ -64,11 +69,12 @@ class Ease(NamedTuple):
     """How much damping was eased, and by what.
 
     Attributes:
-        factor: What damping is multiplied by.
+        factor: What damping is multiplied by, unless gradients are averaged.
         share: The confirmed share when that was last set.
         logarithms: Sum of the logarithms of the rates since.
         rates: Their number.
         averaged: Whether gradients were averaged when it was set.
+        averaged_factor: What damping is multiplied by if they are.
     """
 
     factor: float = 1.0
@@ -76,6 +82,24 @@ class Ease(NamedTuple):
     logarithms: float = 0.0
     rates: float = 0.0
     averaged: float = 0.0
+    averaged_factor: float = 1.0
+
+    @property
+    def current(self) -> float:
+        """What damping is multiplied by."""
+        return self.averaged_factor if self.averaged else self.factor
+
+    def eased(self, share: float) -> float:
+        """What it had better be multiplied by, as the rates since and the share that is confirmed now tell."""
+        if not self.rates:
+            return self.current
+        rate = math.exp(self.logarithms / self.rates)
+        easier, harder = (AVERAGED_EASIER, AVERAGED_HARDER) if self.averaged else (EASIER, HARDER)
+        if rate > FAIR_RATE and share > FAIR_SHARE:
+            return max(self.current * easier, LEAST)
+        if rate < POOR_RATE or share < POOR_SHARE:
+            return min(self.current * harder, 1.0)
+        return self.current
 
 
 class Stiffness(NamedTuple):
@@ -108,6 +132,11 @@ class Trust:
         return self._evidence.confirmed if self._is_known else 0.0
 
     @property
+    def is_noisy(self) -> bool:
+        """Whether next to nothing is confirmed, or nothing was looked at yet."""
+        return self.confirmed < POOR_SHARE
+
+    @property
     def averages(self) -> bool:
         """Whether gradients are to be averaged over batches."""
         if not self._is_known or float(self.state["step"]) < FIRST_STEPS:
@@ -128,7 +157,7 @@ class Trust:
     @property
     def ease(self) -> float:
         """What damping is multiplied by."""
-        return self._ease.factor
+        return self._ease.current
 
     @property
     def settled_share(self) -> float:
@@ -175,12 +204,12 @@ class Trust:
         """
         if promised < 0:
             refuted = self.refutes(promised, change) and self.refutes(promised, in_fact())
-            self._heed(BACK if refuted else FORTH)
+            self._heed(BACK if refuted else NOISY_FORTH if self.is_noisy else FORTH)
         return self.caution
 
     def refutes(self, promised: float, change: float) -> bool:
         """Whether the loss of the next batch rose by too much."""
-        return change > -REFUTED * promised > 0
+        return change > -(NOISY_REFUTED if self.is_noisy else REFUTED) * promised > 0
 
     def lets_stand(self, promised: float, change: float) -> bool:
         """Whether a step is left as it was; those to come are more cautious where it is to be undone."""
@@ -196,11 +225,12 @@ class Trust:
         """Forget what was confirmed so far for this share, which is certain."""
         self._evidence = self._evidence._replace(confirmed=min(max(share, 0.0), 1.0))
 
-    def chose(self, rate: float) -> None:
-        """Note the rate that the quadratic model chose."""
+    def chose(self, rate: float, averaged: bool) -> None:
+        """Note the rate of a step, if the inverses are of its kind: along averaged gradients or not."""
         before = self._ease
-        logarithms = before.logarithms + math.log(max(rate, LEAST_RATE))
-        self._ease = before._replace(logarithms=logarithms, rates=before.rates + 1)
+        if averaged == bool(before.averaged):
+            logarithms = before.logarithms + math.log(max(rate, LEAST_RATE))
+            self._ease = before._replace(logarithms=logarithms, rates=before.rates + 1)
 
     def settle(self, averaged: bool) -> None:
         """Before inverses are refreshed: set the ease by the steps since it was last set, if there were any.
@@ -211,14 +241,9 @@ class Trust:
         before, share = self._ease, self.confirmed
         if not (before.rates or share):
             return
-        factor = before.factor
-        if before.rates:
-            rate = math.exp(before.logarithms / before.rates)
-            if rate > FAIR_RATE and share > FAIR_SHARE:
-                factor = max(factor * EASIER, LEAST)
-            elif rate < POOR_RATE or share < POOR_SHARE:
-                factor = min(factor * HARDER, 1.0)
-        self._ease = Ease(factor, share, averaged=float(averaged))
+        name, factor = "averaged_factor" if before.averaged else "factor", before.eased(share)
+        since = Ease(before.factor, share, averaged=float(averaged), averaged_factor=before.averaged_factor)
+        self._ease = since._replace(**{name: factor})
 
     def told(self) -> dict[str, float]:
         """For diagnostics."""
