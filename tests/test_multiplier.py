@@ -414,6 +414,8 @@ def test_a_step_that_a_batch_was_against_from_the_start_is_not_undone(steepening
     told = Told(-5.0, 0.5, steepening=steepening)
     multiplier = of(state, told, Categorical())
     multiplier.bound = 1.0, True
+    assert multiplier.risen_by({}, -1.0) == (0.0 if stands else 4.75)
+    assert multiplier.risen_by({}, -100.0) == 4.75  # which refutes nothing
     assert multiplier.accepts({}) is stands
     assert Trust(state).caution == (1.0 if stands else 0.25)
 

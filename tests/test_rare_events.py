@@ -39,19 +39,22 @@ def test_one_label_in_a_thousand_is_learnt(binary: bool) -> None:
 
     There was no curvature left, and each batch with such a label undid the step before, and was thrown away.
     """
-    torch.manual_seed(0)
     x = inputs()
     score = x[:, 0] + x[:, 1] / 2
     labels = (score > score.quantile(0.999)).long()
     loss: Callable[[Tensor, Tensor], Tensor] = binary_cross_entropy_with_logits if binary else cross_entropy
     y = labels[:, None].float() if binary else labels
-    model = network(12, 1 if binary else 2)
-    optimizer = natgrad.KFAC(model, "bce_with_logits" if binary else "cross_entropy")
-    *_, told = train(model, optimizer, loss, x, y)
+    logarithms = []
+    for seed in range(3):  # single runs are luck: twenty such data, of which few batches have one
+        torch.manual_seed(seed)
+        model = network(12, 1 if binary else 2)
+        optimizer = natgrad.KFAC(model, "bce_with_logits" if binary else "cross_entropy")
+        *_, told = train(model, optimizer, loss, x, y)
+        assert told["undone_steps"] < 8
+        logarithms.append(loss(model(x), y).detach().log())
     rate = labels.float().mean()
     base = -(rate * rate.log() + (1 - rate) * (1 - rate).log())
-    assert loss(model(x), y) < 1.1 * base
-    assert told["undone_steps"] < 8
+    assert torch.stack(logarithms).mean().exp() < 1.1 * base
 
 
 def test_counts_that_are_mostly_zero_are_learnt() -> None:

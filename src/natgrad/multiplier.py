@@ -268,21 +268,27 @@ class LossMultiplier:
         return factor <= 1 and stands
 
     def _lets_stand(self, step: dict[str, Tensor], back: Change) -> bool:
-        """Whether a step is left as it was; not if the loss rose by too much, unless that is no matter of its length.
+        return Trust(self.state).lets_stand(self.promised, self._rise(step, back, self.promised))
+
+    def risen_by(self, step: dict[str, Tensor], promised: float) -> float:
+        """By how much the previous step has raised the loss of this batch, as far as that is a matter of its length.
 
         A batch that was against the step from the start, as one with an event that is rare, has a gradient that is good
-        at either end of it, and is lost if the step is undone.
+        at either end of it. It would be lost if the step were undone, and refutes no rate.
 
         Args:
             step: The previous one, by parameter name.
-            back: By how much the loss changes if it is taken back.
+            promised: Change of the loss that it promised.
         """
-        trust, end = Trust(self.state), -back.slope
-        if end > 0 and trust.refutes(self.promised, -back.total):
+        return self._rise(step, self._back(step), promised)
+
+    def _rise(self, step: dict[str, Tensor], back: Change, promised: float) -> float:
+        end, rise = -back.slope, -back.total
+        if end > 0 and Trust(self.state).refutes(promised, rise):
             steepening = self.local.steepening(_reversed(step))
             if 0 < steepening < UNCHANGED * end:
-                return True
-        return trust.lets_stand(self.promised, -back.total)
+                return 0.0
+        return rise
 
     def _is_steady(self, growth: float) -> bool:
         """Whether there is a gradient scaler as before, after S s was seen to become so many times larger.

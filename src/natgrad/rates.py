@@ -158,8 +158,8 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
     given = [*given, 0.0] if course.is_uneven else given[: len(directions)]
 
     def judge(change: float) -> float:
-        # What nothing refutes stands.
-        return trust.judge(promised, change if is_witness else promised, lambda: multiplier.changed_by(course.back))
+        seen = change if is_witness else promised  # what nothing refutes stands
+        return trust.judge(promised, seen, lambda: multiplier.risen_by(course.back, promised))
 
     c, seen, told = quadratic.choose(multiplier.local, directions, b, given, rest.along, judge, course.curvature)
     slope, bend = (own + more for own, more in zip(seen[:2], rest.parts(c), strict=True))
@@ -255,7 +255,7 @@ def _measured(
     if not M.isfinite().all():
         return 0.0, {}
     if len(total) > 1:
-        trust.judge(promised, quadratic.looking_back(total, M), lambda: multiplier.changed_by(course.back))
+        trust.judge(promised, quadratic.looking_back(total, M), lambda: multiplier.risen_by(course.back, promised))
     pace.measure(slopes.averaged, float(M[0, 0]), due)
     b, c = torch.zeros(2, len(directions), dtype=torch.float64)
     b[0], b[1:], c[0] = -slopes.fresh * slopes.averaged, slopes.back, slopes.fresh * pace.rate * trust.caution
