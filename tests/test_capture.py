@@ -1,6 +1,7 @@
 """Capture: what is watched, what is drawn, which data enter, and what is refused. The oracle checks the numbers."""
 
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -456,3 +457,50 @@ def test_outputs_that_are_refused(
     assert text in str(raised.value)
     with torch.no_grad():  # evaluation stays possible
         preconditioner.model(torch.randn(5, 3))
+
+
+class Interrupted(nn.Module):
+    """Raises what a user's Ctrl-C does, once it is told to."""
+
+    raises = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.raises:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_training_goes_on_after_a_pass_that_was_interrupted() -> None:
+    """torch calls no hook for what is no ``Exception``: all passes that followed were taken for inner ones."""
+    model = nn.Sequential(nn.Linear(6, 8), middle := Interrupted(), nn.Linear(8, 3))
+    optimizer = natgrad.KFAC(model, "mse", lr=0.1, momentum=0.9, curvature_period=1, inverse_period=1)
+    x, y = torch.randn(32, 6), torch.randn(32, 3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+
+    step()
+    middle.raises = True
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    middle.raises = False
+    step()  # which is taken with the curvature of before
+    step()
+    assert optimizer.diagnostics()["inverse_age"] == 0
+    assert not optimizer.preconditioner.capture._nested
+
+
+def test_inputs_of_a_pass_that_failed_are_let_go_of() -> None:
+    """They stayed until the next one, and went into copies."""
+    model = nn.Sequential(nn.Linear(6, 3))
+    optimizer = natgrad.KFAC(model, "mse")
+    x = torch.randn(32, 5)
+    gone = weakref.ref(x)
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(x)
+    del x
+    gc.collect()
+    assert gone() is None
+    assert "_arguments" not in optimizer.preconditioner.capture.settings()

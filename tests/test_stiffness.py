@@ -10,6 +10,7 @@ from torch.nn.functional import mse_loss
 
 import natgrad
 from natgrad import stiffness, trust
+from natgrad.damping import STIFFNESS, mean_curvature
 from natgrad.local_model import LocalModel
 from natgrad.multiplier import LossMultiplier
 from natgrad.rates import Course, Direction
@@ -203,3 +204,22 @@ def test_directions_that_are_not_finite_promise_nothing() -> None:
     assert stiffness._fall(M, b, [0, 1]) == pytest.approx(0.5)
     assert stiffness._fall(M, -b, [0, 1]) == 0.0  # uphill
     assert stiffness._fall(torch.nan * M, b, [0, 1]) == stiffness._fall(M, torch.inf * b, [0, 1]) == 0.0
+
+
+def test_no_trial_is_left_in_place_by_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may be short, and a user may interrupt: damping was ten times what was settled, until the next refresh."""
+    optimizer = natgrad.KFAC(network(), "mse")
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(stiffness, "promised", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(optimizer, 1)
+    pre = optimizer.preconditioner
+    for layer in pre.layers:
+        state, applied = pre.states()[layer.name], pre.metric.applied[layer.name]
+        made = pre.metric.inverse.factorize(state["A"], state["G"], applied.damping)
+        assert torch.equal(state["G_inverse"], made["G_inverse"])
+        curvature = mean_curvature([one["G"] for one in pre.states().values()])
+        assert float(applied.damping.g) == pytest.approx(STIFFNESS * curvature)

@@ -52,8 +52,7 @@ class Capture:
     interval begins. Where ``bases`` knows a basis for a layer, squares of the data's gradients in it are gathered, too.
     Where no gradient of ``parameters`` is left, as after an overflow that a gradient scaler saw, all is thrown away.
 
-    A model that is copied or pickled takes its hooks along, and they stay idle there: ``settings`` and ``attach`` make
-    them work for whoever was copied with it.
+    A model that is copied or pickled takes its hooks along, idle; ``settings`` and ``attach`` make them work again.
 
     Args:
         model: The root module, or what it was compiled to; its forward must be what the user calls.
@@ -143,9 +142,9 @@ class Capture:
 
     def settings(self) -> dict[str, Any]:
         """For ``attach``: everything but what was captured."""
-        captured = ("bases", "_calls", "_chance", "_nested", "_waiting", "_missed", "_passes", "_uncompiled")
-        kept = {name: value for name, value in self.__dict__.items() if name not in (*captured, "_own_derivatives")}
-        return {**kept, "hears": self._passes.hears}
+        captured = {"bases", "_calls", "_chance", "_nested", "_waiting", "_missed", "_passes", "_uncompiled"}
+        captured |= {"_own_derivatives", "_arguments"}
+        return {k: v for k, v in self.__dict__.items() if k not in captured} | {"hears": self._passes.hears}
 
     def attach(self, settings: dict[str, Any]) -> None:
         """Let the hooks of a copied model work for its owner's copy."""
@@ -176,6 +175,7 @@ class Capture:
             RuntimeError: when the loss module that natgrad was given was not called after the model.
         """
         missed, self._missed = self._missed, False
+        self._end(failed=True)  # what a pass has left that was interrupted, by which no hook is called
         self._waiting.clear()
         if missed:
             raise RuntimeError(
@@ -205,10 +205,13 @@ class Capture:
         if self._nested:
             self._nested -= int(raw is None)  # which is an exception
             return
+        self._end(failed=raw is None)
+
+    def _end(self, failed: bool) -> None:
         self._uncompiled.close()
         self._own_derivatives.stop()
-        if raw is None:
-            self._calls = self._chance = None
+        if failed:
+            self._calls, self._chance, self._nested, self._arguments = None, None, 0, (((), {}), ())
 
     def record(
         self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None

@@ -266,9 +266,9 @@ class Preconditioner:
     def _count_step(self) -> None:
         self._state(self.layers[0])["criteria"] = number(self.batch.criteria)
         for name, state in self.states().items():
-            state["step"] = state.get("step", torch.zeros(())) + 1
+            state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)) + 1
             if "A" in state:
-                state[states.MOVED] = torch.tensor(float(name in self.metric.moved))
+                state[states.MOVED] = torch.tensor(float(name in self.metric.moved), dtype=torch.float32)
         self._look_out()
 
     def _look_out(self) -> None:

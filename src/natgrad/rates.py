@@ -276,7 +276,9 @@ def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised:
         if Trust(multiplier.state).averages:
             multiplier.look_back(course.back, promised)
     halvings = int(told.get("halvings", 0))
-    Trust(multiplier.state).tried(halvings, bool(halvings) and multiplier.ranks.all(multiplier.local.has_all))
+    had_all = bool(halvings) and multiplier.ranks.all(multiplier.local.has_all)
+    refused = halvings == quadratic.HALVINGS and multiplier.ranks.all(multiplier.local.has_other_statistics)
+    Trust(multiplier.state).tried(halvings, had_all, refused)
 
 
 @cache

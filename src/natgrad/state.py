@@ -50,7 +50,7 @@ def of_layer(layer: Layer, name: str) -> Tensor:
     if name in OF_ALL:
         return torch.full((OF_ALL[name],), torch.nan, dtype=torch.float32, device="cpu")
     if name in ("step", MOVED):
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     if name in ("age", "rows", "noise", "spectrum_age"):
         return torch.full((), torch.nan, dtype=torch.float32 if name == "rows" else torch.float64)
     blocks = () if layer.blocks is None else (layer.blocks,)

@@ -57,13 +57,17 @@ def search(preconditioner: Preconditioner, multiplier: LossMultiplier, course: C
         return
     states, before = preconditioner.states(), trust.stiffening
     trials = [Trial(before, course.natural, metric.placed(states))]
-    for factor in (before * STEP, before / STEP):
-        if 1 <= factor <= MOST:
-            metric.stiffen(states, preconditioner.steps - 1, factor)
-            there = preconditioner.directions()
-            natural = {p: there[p].contiguous() for p in course.natural}
-            trials.append(Trial(factor, natural, metric.placed(states)))
-    falls, M = promised(multiplier, course, [trial.natural for trial in trials])
+    try:
+        for factor in (before * STEP, before / STEP):
+            if 1 <= factor <= MOST:
+                metric.stiffen(states, preconditioner.steps - 1, factor)
+                there = preconditioner.directions()
+                natural = {p: there[p].contiguous() for p in course.natural}
+                trials.append(Trial(factor, natural, metric.placed(states)))
+        falls, M = promised(multiplier, course, [trial.natural for trial in trials])
+    except BaseException:  # also one that interrupts: no trial is left in place
+        metric.place(states, trials[0].placed)
+        raise
     number = max(range(len(trials)), key=falls.__getitem__)
     number = number if falls[number] > (1 + BETTER) * falls[0] else 0
     best, along = trials[number], [number, *range(len(trials), len(M))]

@@ -47,8 +47,9 @@ LEAST_RATE = 1e-6  # of a step that was not taken
 # are too long to be foreseen.
 LITTLE, MUCH, FIRST_STEPS = 0.5, 0.7, 8
 # A step that had to be shortened on the model's data, where others confirm little, was misjudged for want of data: so
-# many times more of them, and ever fewer then. Elsewhere it was the loss that is not quadratic so far.
-MORE, FEWER = 2.0, 0.95
+# many times more of them, and ever fewer then. Elsewhere it was the loss that is not quadratic so far. Where a
+# network takes statistics of its batch, those of few data may be what is wrong.
+MORE, MANY_MORE, FEWER = 2.0, 8.0, 0.95
 
 
 class Evidence(NamedTuple):
@@ -148,10 +149,18 @@ class Trust:
         """How many times as many data as usual the quadratic model needs."""
         return self._evidence.more
 
-    def tried(self, halvings: int, had_all: bool) -> None:
-        """Note how often a step was halved on the model's data, and whether those were all that there are."""
-        doubtful = self._is_known and self.confirmed < LITTLE
-        more = self.more * MORE if halvings and doubtful and not had_all else max(1.0, self.more * FEWER)
+    def tried(self, halvings: int, had_all: bool, refused: bool = False) -> None:
+        """Note how often a step was halved on the model's data.
+
+        Args:
+            halvings: Their number.
+            had_all: Whether these data were all that there are.
+            refused: Whether no part of the step lowered a loss whose batch statistics are of these data alone. Nothing
+                is confirmed then, and the next step would be judged as this one was.
+        """
+        doubtful = refused or (self._is_known and self.confirmed < LITTLE)
+        times = MANY_MORE if refused else MORE
+        more = self.more * times if halvings and doubtful and not had_all else max(1.0, self.more * FEWER)
         self._evidence = self._evidence._replace(more=more)
 
     @property
