@@ -48,11 +48,11 @@ docs: $(READY)
 plant-bugs: $(READY)
 	$(BIN)/python tests/plant_bugs.py
 
-## The article's experiment at full size (about 15 minutes), the cost of a step (10), natgrad against its rivals (half a
+## The article's experiment at full size (about 10 minutes), the cost of a step (10), natgrad against its rivals (half a
 ## day; what was stopped goes on where it was).
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,benchmarks]'
-	$(BIN)/natgrad autoencoder --optimizers adam,kfac-sgd,kfac --steps 45 --overwrite --out benchmarks/results/autoencoder
+	$(BIN)/natgrad autoencoder --optimizers adam,kfac-sgd,kfac --steps 26 --overwrite --out benchmarks/results/autoencoder
 	$(BIN)/natgrad bench overhead --out benchmarks/results/cost
 	$(BIN)/natgrad bench scaling --out benchmarks/results/cost
 	$(BIN)/natgrad bench tune --out benchmarks/results/rivals
