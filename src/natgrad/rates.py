@@ -158,8 +158,8 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
     given = [*given, 0.0] if course.is_uneven else given[: len(directions)]
 
     def judge(change: float) -> float:
-        seen = change if is_witness else promised  # what nothing refutes stands
-        return trust.judge(promised, seen, lambda: multiplier.risen_by(course.back, promised))
+        change = change if is_witness else promised  # what nothing refutes stands
+        return trust.judge(promised, change, lambda: multiplier.risen_by(course.back, promised))
 
     c, seen, told = quadratic.choose(multiplier.local, directions, b, given, rest.along, judge, course.curvature)
     slope, bend = (own + more for own, more in zip(seen[:2], rest.parts(c), strict=True))

@@ -250,9 +250,8 @@ class Trust:
         before, share = self._ease, self.confirmed
         if not (before.rates or share):
             return
-        name, factor = "averaged_factor" if before.averaged else "factor", before.eased(share)
-        since = Ease(before.factor, share, averaged=float(averaged), averaged_factor=before.averaged_factor)
-        self._ease = since._replace(**{name: factor})
+        eased = {"averaged_factor" if before.averaged else "factor": before.eased(share)}
+        self._ease = before._replace(share=share, logarithms=0.0, rates=0.0, averaged=float(averaged), **eased)
 
     def told(self) -> dict[str, float]:
         """For diagnostics."""
