@@ -185,27 +185,30 @@ def test_many_passes_before_one_backward_pass_share_their_sums() -> None:
 
 
 class Recursive(nn.Module):
-    """Calls itself, or what stands for it."""
+    """Calls itself, or what stands for it; the innermost call may return nothing."""
 
-    def __init__(self, itself: bool) -> None:
+    def __init__(self, itself: bool, is_empty: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.linear, self.itself = nn.Linear(4, 4), itself
+        self.linear, self.itself, self.is_empty = nn.Linear(4, 4), itself, is_empty
 
-    def forward(self, x: Tensor, depth: int = 2, wrong: bool = False) -> Tensor:
+    def forward(self, x: Tensor, depth: int = 2, wrong: bool = False) -> Tensor | None:
         if not depth:
             if wrong:
                 raise ArithmeticError
-            return x
+            return None if self.is_empty else x
         again = self if self.itself else self.forward
-        return again(torch.tanh(self.linear(x)), depth - 1, wrong)
+        x = torch.tanh(self.linear(x))
+        below = again(x, depth - 1, wrong)
+        return self.linear(x if below is None else below)
 
 
-def test_a_model_may_call_itself() -> None:
-    """Only the layers of the innermost call counted."""
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_model_may_call_itself(is_empty: bool) -> None:
+    """Only the layers of the innermost call counted; and one that returned nothing was taken for an exception."""
     found = []
     for itself in (True, False):
-        model = Recursive(itself)
+        model = Recursive(itself, is_empty)
         preconditioner = natgrad.Preconditioner(model, "mse", fisher="exact", batch_fraction=1.0)
         for _ in range(2):
             with pytest.raises(ArithmeticError):

@@ -113,8 +113,8 @@ class Capture:
         self._handles = [h for layer in layers if id(layer.module) in modules for h in layer.watch(self)]
         self._handles += [
             self._model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self._model.register_forward_hook(self._clean_up, always_call=True),
             self._model.register_forward_hook(self._after_model, with_kwargs=True),
+            self._model.register_forward_hook(self._clean_up, always_call=True),
         ]
         if self.loss.module is not None:
             self._handles.append(self.loss.module.register_forward_hook(self._after_loss, with_kwargs=True))
@@ -175,7 +175,7 @@ class Capture:
             RuntimeError: when the loss module that natgrad was given was not called after the model.
         """
         missed, self._missed = self._missed, False
-        self._end(failed=True)  # what a pass has left that was interrupted, by which no hook is called
+        self._end()  # what a pass has left that was interrupted, by which no hook is called
         self._waiting.clear()
         if missed:
             raise RuntimeError(
@@ -200,18 +200,18 @@ class Capture:
             self._uncompiled.enter_context(uncompiled(module))
 
     def _clean_up(self, module: nn.Module, args: tuple[Any, ...], raw: Any) -> None:
+        """The last hook of every call; after an exception it is the only one."""
         if not self.attached:
             return
         if self._nested:
-            self._nested -= int(raw is None)  # which is an exception
-            return
-        self._end(failed=raw is None)
+            self._nested -= 1
+        else:
+            self._end()
 
-    def _end(self, failed: bool) -> None:
+    def _end(self) -> None:
         self._uncompiled.close()
         self._own_derivatives.stop()
-        if failed:
-            self._calls, self._chance, self._nested, self._arguments = None, None, 0, (((), {}), ())
+        self._calls, self._chance, self._nested, self._arguments = None, None, 0, (((), {}), ())
 
     def record(
         self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
@@ -235,13 +235,10 @@ class Capture:
             z.register_hook(partial(self._add_empirical, weakref.ref(call)))
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], raw: Any) -> None:
-        if not self.attached:
+        if not self.attached or self._nested:
             return
-        if self._nested:
-            self._nested -= 1
-            return
-        calls, chance, self._calls, self._chance = self._calls, self._chance, None, None
-        ((args, kwargs), before), self._arguments = self._arguments, (((), {}), ())
+        calls, chance, ((args, kwargs), before) = self._calls, self._chance, self._arguments
+        self._end()  # before natgrad's own backward passes
         if calls is None or chance is None:
             return
         if not (output := self.view.join(heads := self.view.heads(raw))).requires_grad:
