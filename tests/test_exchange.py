@@ -170,9 +170,41 @@ def poisoned() -> tuple[int, bool]:
     return optimizer.preconditioner.skipped_steps, same
 
 
+class Host(nn.Module):
+    """Calls a model that is no part of it."""
+
+    def __init__(self, guest: nn.Module) -> None:
+        super().__init__()
+        self.own, self.guests = nn.Linear(2, 2), [guest]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.guests[0](x))
+
+
+def wrapped_elsewhere() -> dict[str, str]:
+    """What is said, if anything, where the wrapper is not what natgrad was given."""
+    said = {}
+    singles = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    for name in ("whole", "part", "declared", "not called", "host", "of one rank"):
+        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+        given: Any = {"part": model[0], "declared": natgrad.Distributed(model)}.get(name, model)
+        optimizer = natgrad.KFAC(given, "mse")
+        group = singles[dist.get_rank()] if name == "of one rank" else None
+        wrapper = DistributedDataParallel(Host(model) if name == "host" else model, process_group=group)
+        with torch.no_grad():
+            wrapper(torch.ones(4, 3))  # nothing is averaged
+        said[name] = ""
+        try:
+            (wrapper.module if name == "not called" else wrapper)(torch.ones(4, 3))
+        except RuntimeError as error:
+            said[name] = str(error)
+        del optimizer
+    return said
+
+
 def all_of_it() -> dict[str, Any]:
     told: dict[str, Any] = {name: spread(inverses) for name, inverses in INVERSES.items()}
-    refused = {"parted": parted(), "starved": starved(), "poisoned": poisoned()}
+    refused = {"parted": parted(), "starved": starved(), "poisoned": poisoned(), "wrapped": wrapped_elsewhere()}
     return {**told, **refused, "draws": draws(), "ekfac": spread_ekfac()}
 
 
@@ -214,6 +246,14 @@ def test_a_rank_without_data_is_told_of_everywhere(told: list[dict[str, Any]]) -
     """Catches an error on that rank alone, and others that wait for it."""
     assert {rank["starved"] for rank in told} == {told[0]["starved"]}
     assert told[0]["starved"].startswith("a backward pass of data came on 3 of 4 ranks")
+
+
+def test_a_wrapper_that_natgrad_does_not_know_is_refused(told: list[dict[str, Any]]) -> None:
+    """Ranks drifted apart without a word; only where gradients are averaged is there something to say."""
+    for rank in told:
+        refused = {name for name, text in rank["wrapped"].items() if text}
+        assert refused == {"whole", "part"}
+        assert "Give natgrad the wrapper in place of the model, or `natgrad.Distributed" in rank["wrapped"]["whole"]
 
 
 def test_a_bad_batch_on_one_rank_is_skipped_by_all(told: list[dict[str, Any]]) -> None:

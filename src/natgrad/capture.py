@@ -194,6 +194,8 @@ class Capture:
         self._passes.begin(self.parameters)
         looks = torch.is_grad_enabled() and not is_transformed()
         self._calls, self._chance = ([], Chance(module)) if looks else (None, None)
+        if looks:
+            self.world.check_wrapper(module)
         self._forward_seed = self._draw()
         self._arguments = in_other_containers((args, kwargs)), versions(args, kwargs)
         if looks and self.due:

@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from natgrad.torch_internals import forward_hooks
+from natgrad.torch_internals import forward_hooks, wrapper_at_work
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -120,6 +120,18 @@ class World:
             group = dist.group.WORLD
         size = 1 if group is None else dist.get_world_size(group)
         return cls(group if size > 1 else None, holders(chosen.inverses, size))
+
+    def check_wrapper(self, model: nn.Module) -> None:
+        """Raise a ``RuntimeError`` where a wrapper that was not known calls the model; there alone it can be seen."""
+        wrapper = None if self.size > 1 else wrapper_at_work()
+        if wrapper is None or dist.get_world_size(wrapper.process_group) == 1:
+            return
+        if any(module is model for module in wrapper.modules()):
+            raise RuntimeError(
+                "the model that natgrad was given is called by a DistributedDataParallel that it was not given: ranks "
+                "would average their gradients and not their curvature, and drift apart. Give natgrad the wrapper in "
+                "place of the model, or `natgrad.Distributed(model)` for one that is wrapped only later."
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "World":
         return self  # process groups are this process's own, and a copy of a model talks to the same ranks

@@ -1,7 +1,8 @@
 """What natgrad uses of torch that torch does not promise, of its engine, hooks and modules: see to it in new versions.
 
-There is no public way to ask any of it. The tests of :mod:`natgrad.forward`, :mod:`natgrad.passes` and the layers run
-all of it, so that a version in which something is not there, or means something else, fails them.
+There is no public way to ask any of it. The tests of :mod:`natgrad.forward`, :mod:`natgrad.passes`,
+:mod:`natgrad.exchange` and the layers run all of it, so that a version in which something is not there, or means
+something else, fails them.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch._compile import _disable_dynamo as not_compiled
 from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as KeepsStatistics
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "BatchNorm",
@@ -23,6 +25,7 @@ __all__ = [
     "is_transformed",
     "not_compiled",
     "will_run",
+    "wrapper_at_work",
 ]
 
 
@@ -39,6 +42,11 @@ def is_in_backward() -> bool:
 def is_recorded() -> bool:
     """Whether the model runs to be written down, by ``torch.jit.trace`` or, hooks and all, by ``model.compile()``."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def wrapper_at_work() -> DistributedDataParallel | None:
+    """What averages gradients over processes, and calls its model at this moment."""
+    return DistributedDataParallel._active_ddp_module
 
 
 def will_run(node: Node) -> bool:
