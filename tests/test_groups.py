@@ -277,7 +277,9 @@ def test_what_a_group_cannot_be_is_refused_and_nothing_changes() -> None:
     before, groups = values(optimizer), len(optimizer.param_groups)
     model[0].requires_grad_(True)
     weight = model[0].weight
-    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (model[0].parameters(), TypeError, r'must be {"params": …}.*, not a generator'),
+        ({"lr": 1.0}, TypeError, r"not only \['lr'\]"),
         ({"params": [weight]}, ValueError, r"layer '0' is trained as a whole, and its parameters of shape \(4,\) are"),
         ({"params": model[3].parameters()}, ValueError, "more than one parameter group"),
         ({"params": [nn.Parameter(torch.zeros(7))]}, ValueError, r"shape \(7,\) is not part of the model"),

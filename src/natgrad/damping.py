@@ -156,7 +156,8 @@ def resolve(damping: float | tuple[float, float] | str, inverse: str) -> Damping
     if damping == "auto":
         return automatic
     numbers = damping if isinstance(damping, tuple) else (damping,)
-    if len(numbers) not in (1, 2) or not all(isinstance(number, Real) and number >= 0 for number in numbers):
+    are_numbers = all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers)
+    if len(numbers) not in (1, 2) or not are_numbers or not all(float(number) >= 0 for number in numbers):
         raise ValueError(
             f'`damping` must be a number, a pair of numbers (for A, for G), none negative, or "auto"; not {damping!r}.'
         )

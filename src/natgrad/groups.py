@@ -30,10 +30,13 @@ def split(group: Mapping[str, Any], parts: Partition, names: Mapping[nn.Paramete
         names: Of all parameters of the model.
 
     Raises:
-        TypeError: when it is not ordered, or holds something else than parameters.
+        TypeError: when it is no group, is not ordered, or holds something else than parameters.
         ValueError: for a parameter that is not the model's or has sparse gradients, or a setting that a group cannot
             have.
     """
+    if not isinstance(group, Mapping) or "params" not in group:
+        there = f"only {list(group)}" if isinstance(group, Mapping) else f"a {type(group).__name__}"
+        raise TypeError(f'a parameter group must be {{"params": …}}, perhaps with settings of its own, not {there}.')
     if group.get("maximize"):
         raise ValueError(
             "`maximize`: natgrad minimizes; give it the negative objective, declared as such, as its loss."

@@ -50,8 +50,8 @@ class KFAC(torch.optim.Optimizer):
             without a layer, or all with ``"fallback": True``: with ``"lr"`` if it holds no others, else 1e-2.
         lr: A number, or ``"auto"``: the minimizer of the exact quadratic model. ``group["lr"]`` is then a factor that
             multiplies it, 1 to begin with, so that schedulers work in both cases.
-        momentum: A number, or ``"auto"``: as for ``lr``. If both are automatic and batches turn out to be mostly noise,
-            gradients are averaged over them instead (:mod:`natgrad.averaging`).
+        momentum: A number below 1, or ``"auto"``: as for ``lr``. If both are automatic and batches turn out to be
+            mostly noise, gradients are averaged over them instead (:mod:`natgrad.averaging`).
         damping: As for :class:`~natgrad.Preconditioner`.
         weight_decay: Decoupled: θ ← exp(−rate · weight_decay) θ at every step; an automatic rate may be as large as 1.
         kl_clip: Upper bound on lr² gᵀΔ; for a numeric ``lr`` only.
@@ -89,7 +89,7 @@ class KFAC(torch.optim.Optimizer):
     ) -> None:
         check_names(curvature)
         check_rate("lr", lr, "auto")
-        check_rate("momentum", momentum, "auto")
+        check_rate("momentum", momentum, "auto", below=1.0)
         check_rate("weight_decay", weight_decay)
         if "auto" in (lr, momentum) and loss is None:
             raise ValueError('`lr="auto"` and `momentum="auto"` need to know the loss: pass `loss=`, or give numbers.')
@@ -119,8 +119,8 @@ class KFAC(torch.optim.Optimizer):
             param_group: As for ``params``; a frozen layer must be unfrozen before.
 
         Raises:
-            ValueError: for a parameter that is not the model's, or is trained already; for a layer of which only some
-                parameters would be trained.
+            TypeError: for what is no group of parameters.
+            ValueError: for a parameter that is not the model's or is trained already, or for a part of a layer.
         """
         self._names = {p: name for name, p in self.preconditioner.model.named_parameters()}
         before = list(self.param_groups)

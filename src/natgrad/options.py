@@ -96,7 +96,7 @@ def check_numbers(kl_clip: object, factor_decay: object, batch_fraction: object,
 def check_positive(**given: int) -> None:
     """Raise a ``ValueError`` for a keyword that is not a whole number from one on."""
     for name, number in given.items():
-        if not isinstance(number, int) or number < 1:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, not {number!r}.")
 
 
@@ -106,12 +106,13 @@ def check_periods(**periods: Period) -> None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a keyword, which may also be a word, is a number."""
-    return isinstance(value, numbers.Real)
+    """Whether a keyword, which may also be a word or a switch, is a number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def check_rate(name: str, value: object, word: str | None = None) -> None:
-    """Raise a ``ValueError`` for a rate that is neither ``word`` nor a non-negative number, perhaps as a tensor."""
+def check_rate(name: str, value: object, word: str | None = None, below: float = math.inf) -> None:
+    """Raise a ``ValueError`` for a rate that is neither ``word`` nor in [0, below), perhaps as a tensor."""
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if not (number == word if isinstance(number, str) else is_number(number) and 0 <= number < math.inf):
-        raise ValueError(f"`{name}` must be a non-negative number{f' or {word!r}' if word else ''}, not {value!r}.")
+    if not (number == word if isinstance(number, str) else is_number(number) and 0 <= number < below):
+        what = "a non-negative number" + (f" less than {below:g}" if below < math.inf else "")
+        raise ValueError(f"`{name}` must be {what}{f' or {word!r}' if word else ''}, not {value!r}.")

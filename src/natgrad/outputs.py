@@ -28,9 +28,17 @@ class View:
     Args:
         function: Of the user's, from the one to the other; None if the loss sees what is returned.
         loss: The loss.
+
+    Raises:
+        ValueError: if the function is none.
     """
 
     def __init__(self, function: Callable[[Any], Any] | None, loss: Loss) -> None:
+        if not (function is None or callable(function)):
+            raise ValueError(
+                "`output` must be a function from what the model returns to the tensor that the loss sees, for "
+                f"instance `lambda out: out.logits`, not {function!r}."
+            )
         self.function, self.loss = function, loss
 
     def __call__(self, raw: Any) -> Tensor:
