@@ -440,10 +440,11 @@ class Returns(nn.Module):
     [
         (lambda z: (z, z), {}, TypeError, "the model returned tuple, not a tensor: pass `output=`"),
         (lambda z: {"logits": z}, {}, TypeError, "for instance `output=lambda out: out.logits`"),
-        (lambda z: z, {"output": lambda out: [out]}, TypeError, "the model returned list"),
+        (lambda z: z, {"output": lambda out: [out]}, TypeError, "the function `output=` returned list"),
         (lambda z: z[:, 0], {}, ValueError, 'use loss="bce_with_logits"'),
-        (lambda z: z[:, :1], {}, ValueError, "at least two classes, and the model returned (5, 1)"),
+        (lambda z: z[:, :1], {}, ValueError, "at least two classes, not (5, 1)"),
         (lambda z: z.mean(), {}, ValueError, "the model returned a scalar"),
+        (lambda z: z, {"output": torch.mean}, ValueError, "the function `output=` returned a scalar"),
         (lambda z: z.mean(), {"loss": None, "fisher": "empirical"}, ValueError, "the model returned a scalar"),
         (lambda z: z.round().long(), {}, ValueError, "needs a floating point output"),
     ],

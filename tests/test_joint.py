@@ -447,9 +447,9 @@ def test_losses_that_cannot_be_declared_together(declared: Any, error: type[Exce
 @pytest.mark.parametrize(
     ("returned", "error", "text"),
     [
-        ({"class": torch.zeros(4, 3)}, TypeError, "output 'size', and the model returned ['class'], with no such"),
-        ([torch.zeros(4, 3)], TypeError, "output 'class', and the model returned list, with no such tensor"),
-        (torch.zeros(4, 3), TypeError, "output 'class', and the model returned Tensor, with no such tensor"),
+        ({"class": torch.zeros(4, 3)}, TypeError, "output 'size', and there is no such tensor in ['class']"),
+        ([torch.zeros(4, 3)], TypeError, "output 'class', and there is no such tensor in list"),
+        (torch.zeros(4, 3), TypeError, "output 'class', and there is no such tensor in Tensor"),
         ({**several(), "size": 3.0}, TypeError, "an output 'size'"),
         ({**several(), "class": torch.zeros(4)}, ValueError, "needs logits of shape (N, classes, …)"),
     ],

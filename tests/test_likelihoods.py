@@ -423,9 +423,9 @@ def test_unknown_reduction() -> None:
         *[(kind, torch.zeros(4, 3, dtype=torch.long), "needs a floating point output") for kind in KINDS],
         *[(kind, torch.zeros(()), "with the data as its first dimension") for kind in KINDS],
         (Categorical, torch.zeros(4), 'use loss="bce_with_logits"'),
-        (Categorical, torch.zeros(4, 1), "at least two classes, and the model returned (4, 1)"),
-        (LogCategorical, torch.zeros(4, 1), "at least two classes, and the model returned (4, 1)"),
-        (MeanVariance, torch.zeros(4), "means then variances, and the model returned (4,)"),
+        (Categorical, torch.zeros(4, 1), "at least two classes, not (4, 1)"),
+        (LogCategorical, torch.zeros(4, 1), "at least two classes, not (4, 1)"),
+        (MeanVariance, torch.zeros(4), "means then variances, not (4,)"),
         (MeanVariance, torch.zeros(4, 3), "pass for instance `output=lambda out: torch.stack(out, dim=1)`"),
     ],
 )

@@ -142,9 +142,9 @@ class Likelihood(ABC):
         """Raise a ``ValueError`` when the output cannot belong to this loss."""
         if output.ndim < 1 or not output.is_floating_point():
             raise ValueError(
-                f"{self!r} needs a floating point output with the data as its first dimension, and the model returned "
-                f"{output.dtype} of shape {tuple(output.shape)}. Pass `output=` to natgrad to select the tensor that "
-                "the loss sees; if the model returns its losses, let it return what they are of, too."
+                f"{self!r} needs a floating point output with the data as its first dimension, not {output.dtype} of "
+                f"shape {tuple(output.shape)}. Pass `output=` to natgrad to select the tensor that the loss sees; if "
+                "the model returns its losses, let it return what they are of, too."
             )
 
     def check_gradient(self, gradient: Tensor) -> None:

@@ -76,7 +76,7 @@ class MeanVariance(Elementwise):
         super().check(output)
         if output.ndim < 2 or output.shape[1] != 2:
             raise ValueError(
-                f"{self!r} needs an output of shape (N, 2, …), means then variances, and the model returned "
+                f"{self!r} needs an output of shape (N, 2, …), means then variances, not "
                 f"{tuple(output.shape)}: pass for instance `output=lambda out: torch.stack(out, dim=1)`."
             )
 

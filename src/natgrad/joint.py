@@ -87,8 +87,8 @@ class Joint(Likelihood):
         if not isinstance(head, Tensor):
             there = list(returned) if isinstance(returned, Mapping) else type(returned).__name__
             raise TypeError(
-                f"`loss` tells of an output {key!r}, and the model returned {there}, with no such tensor: name the "
-                "losses as the outputs are named, or pass `output=`, which makes a dictionary of what is returned."
+                f"`loss` tells of an output {key!r}, and there is no such tensor in {there}: name the losses as the "
+                "outputs are named, or pass `output=`, which makes a dictionary of what the model returns."
             )
         return head
 

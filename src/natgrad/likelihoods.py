@@ -133,7 +133,7 @@ class Categorical(criterion.Smoothable):
         super().check(output)
         if output.ndim < 2 or output.shape[1] < 2:
             raise ValueError(
-                f"{self!r} needs logits of shape (N, classes, …) with at least two classes, and the model returned "
+                f"{self!r} needs logits of shape (N, classes, …) with at least two classes, not "
                 f'{tuple(output.shape)}. For one logit per datum use loss="bce_with_logits"; to rearrange the output '
                 "as the loss sees it pass `output=`, for instance `output=lambda out: out.transpose(1, 2)`."
             )

@@ -52,18 +52,18 @@ class View:
             TypeError: if they are not there.
             ValueError: if they cannot belong to the loss.
         """
-        output = raw if self.function is None else self.function(raw)
+        output, by = (raw, "the model") if self.function is None else (self.function(raw), "the function `output=`")
         if isinstance(self.loss.likelihood, Joint):
             return self.loss.likelihood.heads(output)
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"the model returned {type(output).__name__}, not a tensor: pass `output=` to natgrad to select the "
+                f"{by} returned {type(output).__name__}, not a tensor: pass `output=` to natgrad to select the "
                 "tensor that the loss sees, for instance `output=lambda out: out.logits`; or as `loss` a dictionary "
                 "or a tuple of losses, if several have one."
             )
         if output.ndim < 1:
             raise ValueError(
-                "the model returned a scalar, and natgrad needs the output with the data as its first dimension: pass "
+                f"{by} returned a scalar, and natgrad needs the output with the data as its first dimension: pass "
                 "`output=` to select the tensor that the loss sees; if the model returns its loss, let it return that "
                 "tensor, too."
             )
