@@ -334,6 +334,7 @@ BUGS = {
     "a switch taken for a number": Bug("options.py", "isinstance(value, numbers.Real) and not isinstance(value, bool)", "isinstance(value, numbers.Real)", "test_optimizer.py"),
     "momentum without a bound": Bug("optimizer.py", ', "auto", below=1.0)', ', "auto")', "test_optimizer.py"),
     "a group that is none": Bug("groups.py", "if not isinstance(group, Mapping) or \"params\" not in group:", "if False:", GROUPS),
+    "a singular factor told of at every refresh": Bug("inverses.py", "@cache\ndef _tell_of_singular", "def _tell_of_singular", "test_inverses.py"),
     "the model blamed for the user's function": Bug("outputs.py", '(self.function(raw), "the function `output=`")', '(self.function(raw), "the model")', "test_capture.py"),
     "an output that is no function": Bug("outputs.py", "if not (function is None or callable(function)):", "if False:", "test_refusals.py"),
     "a wrapper that nobody told of": Bug("capture.py", "            self.world.check_wrapper(module)\n", "            pass\n", "test_exchange.py"),

@@ -6,8 +6,11 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+import natgrad
+from natgrad import inverses
 from natgrad.damping import Damping
 from natgrad.inverses import ALIASED, INVERSES, invert
 from oracle import relative_error
@@ -15,6 +18,7 @@ from oracle import relative_error
 pytestmark = pytest.mark.usefixtures("float64")
 some_examples = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 every_inverse = pytest.mark.parametrize("inverse", INVERSES)
+may_be_singular = pytest.mark.filterwarnings("ignore:natgrad. a factor . is singular at its damping:RuntimeWarning")
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 NONE = Damping(0.0, 0.0, 0.0)
 
@@ -112,6 +116,29 @@ def test_sizes_that_caches_do_not_like_have_the_same_inverse(blocks: tuple[int, 
     assert relative_error(inverse, torch.linalg.inv(F + 1e-12 * eye(size))) < 1e-8
 
 
+@pytest.fixture
+def untold() -> None:
+    inverses._tell_of_singular.cache_clear()
+
+
+@pytest.mark.usefixtures("untold")
+def test_singular_factors_are_told_of_once() -> None:
+    """It was at every refresh: a filter that is changed, as torch does, makes Python show all warnings anew."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.constant_(model[0].bias, -100.0)
+    optimizer = natgrad.KFAC(model, "cross_entropy", damping=0.0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            optimizer.zero_grad()
+            cross_entropy(model(torch.randn(16, 6)), torch.randint(3, (16,))).backward()
+            optimizer.step()
+    singular = sorted(str(one.message) for one in told if "singular" in str(one.message))
+    assert [text[:19] for text in singular] == ["natgrad: a factor A", "natgrad: a factor G"]
+
+
+@pytest.mark.usefixtures("untold")
 def test_a_singular_factor_of_such_a_size_has_an_inverse() -> None:
     F = factor(ALIASED, rank=3).float()
     with pytest.warns(RuntimeWarning, match="factor A is singular"):
@@ -121,34 +148,35 @@ def test_a_singular_factor_of_such_a_size_has_an_inverse() -> None:
 
 
 @every_dtype
+@pytest.mark.usefixtures("untold")
 @pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**20])
 def test_a_singular_factor_warns_and_has_a_finite_inverse(dtype: torch.dtype, scale: float) -> None:
     """The jitter is relative: in float64 the inverse is right in the factor's range, whatever its unit is."""
     rows = torch.tensor([[1.0, 2.0, 0.0, -1.0], [0.0, 1.0, 3.0, 1.0]])  # integers, so that A is singular in any dtype
     A, V = (scale * rows.T @ rows).to(dtype), (torch.tensor([[2.0, -1.0]]) @ rows).to(dtype)
-    with pytest.warns(RuntimeWarning, match=r"factor A is singular at its damping; 1e-08 of its mean diagonal was"):
+    with pytest.warns(RuntimeWarning, match="factor A is singular at its damping, and some of its mean diagonal was"):
         inverse = invert(A, 0.0, "A")
     assert inverse.dtype == dtype
     assert inverse.isfinite().all()
     assert dtype == torch.float32 or relative_error(V @ inverse @ A, V) < 1e-6
 
 
+@may_be_singular
 def test_the_jitter_grows_until_it_is_enough() -> None:
     """Minus 10⁻⁴ of the mean diagonal needs more than that, and gets the next power of ten."""
     indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, -3e-4]))
     mean = float(indefinite.diagonal().mean())
-    with pytest.warns(RuntimeWarning, match="1e-03 of its mean diagonal"):
-        inverse = invert(indefinite, 0.0, "G")
+    inverse = invert(indefinite, 0.0, "G")
     assert torch.allclose(inverse, torch.linalg.inv(indefinite + 1e-3 * mean * eye(4)))
 
 
 @every_dtype
+@may_be_singular
 def test_a_factor_of_dead_units_times_a_zero_gradient_is_zero(dtype: torch.dtype) -> None:
     """1 / 10⁻⁴⁶ is infinite in float32, and infinity times zero is not a number: the weights would be lost."""
     zero_A, zero_G, V = torch.zeros(3, 3, dtype=dtype), torch.zeros(2, 2, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
     for A, G in ((zero_A, eye(2).to(dtype)), (eye(3).to(dtype), zero_G), (zero_A, zero_G)):
-        with pytest.warns(RuntimeWarning, match="singular"):
-            assert torch.equal(solve("cholesky", A, G, NONE, V), V)
+        assert torch.equal(solve("cholesky", A, G, NONE, V), V)
         assert torch.equal(solve("eigen", A, G, NONE, V), V)
         assert torch.equal(solve("ekfac", A, G, NONE, V), V)
 

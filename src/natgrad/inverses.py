@@ -15,6 +15,7 @@ in float64 and then with more damping, and says so once.
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -227,13 +228,18 @@ def _invert_carefully(damped: Tensor, name: str) -> Tensor:
         diagonal.add_(mean * (more - jitter))
         jitter = more
     if jitter:
-        warnings.warn(
-            f"natgrad: a factor {name} is singular at its damping; {jitter:.0e} of its mean diagonal was added. Raise "
-            "`damping` to silence this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _tell_of_singular(name)
     return torch.where(held[..., None, None], torch.cholesky_inverse(L), 0.0)
+
+
+@cache
+def _tell_of_singular(name: str) -> None:  # and not at every refresh, of every layer
+    warnings.warn(
+        f"natgrad: a factor {name} is singular at its damping, and some of its mean diagonal was added, as will be "
+        "wherever that is so. Raise `damping` to silence this.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
