@@ -90,17 +90,27 @@ class Capture:
         self.attached = self.whole = True
         self._has_parts = None if fisher in ("mc", "exact") else False  # None until one was seen to stand for its pass
         self.step = self._forward_seed = 0
-        self._arguments: tuple[Arguments, tuple[int, ...]] = ((), {}), ()  # while the root module's forward runs
+        self._model, self._handles = model, list[RemovableHandle]()
+        self._start_anew()
+        self.watch(layers, sharing)
+
+    def _start_anew(self, hears: bool = False) -> None:
+        """As if nothing was captured yet, for nobody; what is set here is no setting."""
         self.bases: Callable[[Layer], Bases | None] | None = None
-        self._passes = self._of_no_pass()
-        self._calls: list[Call] | None = None  # a list only while the root module's forward runs
-        self._chance: Chance | None = None  # likewise
-        self._nested = 0  # calls of the model inside its own forward
+        self._passes = Passes(lambda: Batch(self.loss, self.fisher), self._finish, hears)
         self._waiting = Waiting()  # for the loss module to be called
         self._missed = False  # whether a backward pass began before it was
-        self._own_derivatives = OwnDerivatives(self._note)
-        self._model, self._handles, self._uncompiled = model, list[RemovableHandle](), ExitStack()
-        self.watch(layers, sharing)
+        self._own_derivatives, self._uncompiled = OwnDerivatives(self._note), ExitStack()
+        self._end()
+
+    def _end(self) -> None:
+        """No forward pass of the root module runs."""
+        self._uncompiled.close()
+        self._own_derivatives.stop()
+        self._calls: list[Call] | None = None  # a list only while one does
+        self._chance: Chance | None = None  # likewise
+        self._arguments: tuple[Arguments, tuple[int, ...]] = ((), {}), ()  # likewise
+        self._nested = 0  # calls of the model inside its own forward
 
     def watch(self, layers: list[Layer], sharing: dict[str, Sharing]) -> None:
         """Watch those of ``layers`` that ``sharing`` names, and no others."""
@@ -142,20 +152,14 @@ class Capture:
 
     def settings(self) -> dict[str, Any]:
         """For ``attach``: everything but what was captured."""
-        captured = {"bases", "_calls", "_chance", "_nested", "_waiting", "_missed", "_passes", "_uncompiled"}
-        captured |= {"_own_derivatives", "_arguments"}
-        return {k: v for k, v in self.__dict__.items() if k not in captured} | {"hears": self._passes.hears}
+        nothing = Capture.__new__(Capture)
+        nothing._start_anew()
+        return {k: v for k, v in vars(self).items() if k not in vars(nothing)} | {"hears": self._passes.hears}
 
     def attach(self, settings: dict[str, Any]) -> None:
         """Let the hooks of a copied model work for its owner's copy."""
         self.__dict__.update(settings)
-        self._passes = self._of_no_pass(self.__dict__.pop("hears"))
-        self.bases = self._calls = self._chance = None
-        self._nested, self._waiting, self._missed = 0, Waiting(), False
-        self._own_derivatives, self._uncompiled = OwnDerivatives(self._note), ExitStack()
-
-    def _of_no_pass(self, hears: bool = False) -> Passes:
-        return Passes(lambda: Batch(self.loss, self.fisher), self._finish, hears)
+        self._start_anew(self.__dict__.pop("hears"))
 
     @property
     def ahead(self) -> Sequence[Batch]:
@@ -209,11 +213,6 @@ class Capture:
             self._nested -= 1
         else:
             self._end()
-
-    def _end(self) -> None:
-        self._uncompiled.close()
-        self._own_derivatives.stop()
-        self._calls, self._chance, self._nested, self._arguments = None, None, 0, (((), {}), ())
 
     def record(
         self, layer: Layer, x: Tensor, z: Tensor, blocks: slice = slice(None), source: Tensor | None = None
