@@ -1,5 +1,6 @@
 """What a network keeps of its batches is what the loop's own passes have left, and steps that stand."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,49 @@ def test_steps_that_are_undone_leave_no_statistics() -> None:
     assert undone
     assert all(undone)
     assert float(norm.running_var.max()) < 10
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_step_that_is_undone_after_a_checkpoint_leaves_none_either(anew: bool, model_first: bool) -> None:
+    """Nobody remembered those of before. It is loaded by others, or by the same ones after steps too many."""
+
+    def begin() -> tuple[nn.Sequential, natgrad.KFAC]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
+        return model, natgrad.KFAC(model, "mse")
+
+    def step(model: nn.Module, optimizer: natgrad.KFAC, number: int) -> None:
+        torch.manual_seed(number)
+        x, y = batch()
+        optimizer.zero_grad()
+        (1e6 * mse_loss(model(x), y)).backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.eval()(x)
+        model.train()
+
+    def run(saved_after: int) -> tuple[list[Tensor], int]:
+        model, optimizer = begin()
+        for number in range(6):
+            if number == saved_after:
+                saved = [copy.deepcopy(part.state_dict()) for part in (model, optimizer)]
+                if anew:
+                    model, optimizer = begin()
+                else:
+                    for more in range(2):
+                        step(model, optimizer, number + more)
+                    model(batch()[0])
+                for part, state in list(zip((model, optimizer), saved, strict=True))[:: 1 if model_first else -1]:
+                    part.load_state_dict(state)
+            step(model, optimizer, number)
+        return [*model.parameters(), *model.buffers()], optimizer.undone_steps
+
+    expected, undone = run(-1)
+    assert undone
+    for saved_after in range(1, 6):
+        found, _ = run(saved_after)
+        assert all(map(torch.equal, found, expected)), saved_after
 
 
 class Checkpointed(nn.Module):

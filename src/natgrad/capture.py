@@ -30,7 +30,8 @@ from natgrad.chance import Chance
 from natgrad.distributed import World
 from natgrad.forward import Ear, Forward, versions
 from natgrad.joint import differing_lengths
-from natgrad.layers import Bases, Layer, Sharing, at_least_float32, statistics_left_alone, uncompiled, unwrap
+from natgrad.layers import Bases, Layer, Sharing, at_least_float32, uncompiled, unwrap
+from natgrad.layers.normalization import RunningStatistics, statistics_left_alone
 from natgrad.likelihoods import Likelihood
 from natgrad.losses import Loss, Weights
 from natgrad.outputs import Origin, Selection, View, rearrangement
@@ -98,6 +99,7 @@ class Capture:
         """As if nothing was captured yet, for nobody; what is set here is no setting."""
         self.bases: Callable[[Layer], Bases | None] | None = None
         self._passes = Passes(lambda: Batch(self.loss, self.fisher), self._finish, hears)
+        self.running: RunningStatistics | None = None  # before the first pass that changed them since it was None
         self._waiting = Waiting()  # for the loss module to be called
         self._missed = False  # whether a backward pass began before it was
         self._own_derivatives, self._uncompiled = OwnDerivatives(self._note), ExitStack()
@@ -195,6 +197,8 @@ class Capture:
         if self._calls is not None:
             self._nested += 1
             return
+        if not (self.running or is_transformed()):
+            self.running = RunningStatistics(module)
         self._passes.begin(self.parameters)
         looks = torch.is_grad_enabled() and not is_transformed()
         self._calls, self._chance = ([], Chance(module)) if looks else (None, None)
@@ -207,11 +211,9 @@ class Capture:
 
     def _clean_up(self, module: nn.Module, args: tuple[Any, ...], raw: Any) -> None:
         """The last hook of every call; after an exception it is the only one."""
-        if not self.attached:
-            return
-        if self._nested:
+        if self.attached and self._nested:
             self._nested -= 1
-        else:
+        elif self.attached:
             self._end()
 
     def record(
@@ -258,10 +260,8 @@ class Capture:
 
     def _after_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         """The loss module has seen the model's output, perhaps rearranged, and the targets."""
-        if not self.attached:
-            return
         seen, others = given(args, kwargs)
-        if not self._waiting or not seen.requires_grad or self.loss.likelihood is None:
+        if not (self.attached and self._waiting and seen.requires_grad) or self.loss.likelihood is None:
             return
         if (forward := self._waiting.made(seen)) is None:  # it is of another network
             return
@@ -395,4 +395,5 @@ class Capture:
 
     def drop(self) -> None:
         """Forget what was captured."""
+        self.running = None
         self._passes.drop()

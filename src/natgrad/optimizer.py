@@ -26,7 +26,7 @@ from natgrad.batch import full_precision
 from natgrad.clipping import clip_scale, dot
 from natgrad.distributed import Distributed, like, whole
 from natgrad.groups import relative_rates, split, tell_of_untrained
-from natgrad.layers import RunningStatistics, partition
+from natgrad.layers import partition
 from natgrad.loading import AUTOMATIC, bitwise
 from natgrad.losses import Declared
 from natgrad.multiplier import LossMultiplier
@@ -101,7 +101,6 @@ class KFAC(torch.optim.Optimizer):
         self.preconditioner.may_average = lr == momentum == "auto"
         self._diagnostics: dict[str, float] = {}
         self._latest_step: dict[nn.Parameter, Tensor] = {}
-        self._statistics: RunningStatistics | None = None  # of batches, before the next pass
         self._refusals = Refusals()
         self.undone_steps, self._constructed = 0, False
         every = list(self.preconditioner.model.parameters())
@@ -212,8 +211,8 @@ class KFAC(torch.optim.Optimizer):
         for parameter, velocity in step().items():
             parameter.sub_(like(velocity.to(parameter.dtype), parameter))
             del self.state[parameter]["velocity"]
-        if self._statistics is not None:  # they have seen what the network makes of a batch there
-            self._statistics.restore()
+        if (running := self.preconditioner.capture.running) is not None:
+            running.restore()  # which have seen what the network makes of a batch there
         multiplier.forget()
         self.undone_steps += 1
         return False
@@ -247,7 +246,8 @@ class KFAC(torch.optim.Optimizer):
         alpha, mu = self._coefficients(course, averaged, lr)
         self._diagnostics.update(lr=alpha, momentum=mu)
         self._move(course.natural, onward, shares, alpha, mu)
-        self._statistics = RunningStatistics(self.preconditioner.model) if self.automatic_lr else None
+        if self.automatic_lr:  # what it does to running statistics may have to be undone
+            self.preconditioner.capture.running = None
         if self.preconditioner.may_average and averaged is None:
             self._averages().rest()
         return True
@@ -329,7 +329,7 @@ class KFAC(torch.optim.Optimizer):
         """
         with bitwise(self, self.preconditioner):
             super().load_state_dict(state_dict)
-        self._diagnostics, self._latest_step, self._statistics = {}, {}, None
+        self._diagnostics, self._latest_step = {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, to be made between two steps; the model comes along."""
@@ -340,7 +340,7 @@ class KFAC(torch.optim.Optimizer):
         """Of a copy, and of torch's ``load_state_dict``."""
         super().__setstate__(state)
         if "preconditioner" in state:
-            self._diagnostics, self._latest_step, self._refusals, self._statistics = {}, {}, Refusals(), None
+            self._diagnostics, self._latest_step, self._refusals = {}, {}, Refusals()
             self.register_state_dict_post_hook(_complete)
         self._share()
 

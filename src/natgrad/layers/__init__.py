@@ -8,7 +8,7 @@ from natgrad.layers import attention, convolution, embedding, linear, normalizat
 from natgrad.layers.base import Layer, Recorder, WeightLayer, register, registered
 from natgrad.layers.derivative import DerivativeUse
 from natgrad.layers.moments import Moment, Sharing, at_least_float32
-from natgrad.layers.normalization import RunningStatistics, statistics_left_alone, uses_batch_statistics
+from natgrad.layers.normalization import statistics_left_alone, uses_batch_statistics
 from natgrad.layers.partition import Partition, entry, partition, uncompiled, unwrap
 from natgrad.layers.spectrum import Bases
 
@@ -19,7 +19,6 @@ __all__ = [
     "Moment",
     "Partition",
     "Recorder",
-    "RunningStatistics",
     "Sharing",
     "WeightLayer",
     "at_least_float32",

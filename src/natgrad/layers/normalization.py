@@ -118,6 +118,10 @@ class RunningStatistics:
         self._buffers = [buffer for module in kept for buffer in module.buffers(recurse=False)]
         self._values = [buffer.clone() for buffer in self._buffers]
 
+    def __bool__(self) -> bool:
+        """Whether there are any that a pass would change."""
+        return bool(self._buffers)
+
     def restore(self) -> None:
         """Put them back; between a forward and a backward pass, too, which must not take that for a change."""
         for buffer, value in zip(self._buffers, self._values, strict=True):
