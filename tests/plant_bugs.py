@@ -512,7 +512,7 @@ BUGS = {
     "trials of averages": Bug("optimizer.py", "if averaged is None and looks", "if looks", STIFF),
     "trials where a damping is given": Bug("optimizer.py", "if averaged is None and looks and", "if averaged is None and", STIFF),
     "trials where a rate is given": Bug("optimizer.py", "looks and self.preconditioner.may_average and", "looks and", STIFF),
-    "trials that forget the rates of groups": Bug("optimizer.py", " and min(shares.values()) == 1:", ":", STIFF),
+    "trials that forget the rates of groups": Bug("optimizer.py", "self.preconditioner.may_average and is_even:", "self.preconditioner.may_average:", STIFF),
     "trials between two refreshes": Bug("stiffness.py", "metric.renewed and trust", "trust", STIFF),
     "trials without the previous step": Bug("stiffness.py", "[i, *range(len(naturals), len(b))]", "[i]", STIFF),
     "steps back promise as much": Bug("stiffness.py", "return -float(b @ c) / 2 if c[0] > 0 else 0.0", "return -float(b @ c) / 2", STIFF),

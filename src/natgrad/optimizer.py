@@ -234,14 +234,14 @@ class KFAC(torch.optim.Optimizer):
         previous = {p: whole(self.state[p]["velocity"]) for p in natural if self._has_moved(p)}
         if 0 < len(previous) < len(natural):  # what is new has not moved
             previous = {p: torch.zeros_like(direction) for p, direction in natural.items()} | previous
-        onward = previous
-        if min(shares.values()) < 1:  # steps are chosen among those that are so related
+        onward, is_even = previous, min(shares.values()) == 1
+        if not is_even:  # steps are chosen among those that are so related
             natural = {p: direction * shares[p] for p, direction in natural.items()}
             if previous and self.automatic_lr and averaged is None:
                 onward = {p: velocity * shares[p] for p, velocity in previous.items()}
         looks, own = self.preconditioner.capture.sampling, self.preconditioner.gradient  # the damping is automatic
         course = Course(self._names, natural, previous, onward, own, lr if self.automatic_lr else 1.0, looks)
-        if averaged is None and looks and self.preconditioner.may_average and min(shares.values()) == 1:
+        if averaged is None and looks and self.preconditioner.may_average and is_even:
             stiffness.search(self.preconditioner, self._require_pass(), course)
         alpha, mu = self._coefficients(course, averaged, lr)
         self._diagnostics.update(lr=alpha, momentum=mu)
