@@ -203,8 +203,8 @@ class Trust:
         """What rates are multiplied by, as steps were too long for the next batch."""
         return self._evidence.caution
 
-    def judge(self, promised: float, change: float, in_fact: Callable[[], float]) -> float:
-        """Note how a step changed the loss of the next batch, if it promised a fall; ``caution`` from now on.
+    def judge(self, promised: float, change: float, in_fact: Callable[[], float]) -> None:
+        """Let ``caution`` follow how a step changed the loss of the next batch, if it promised a fall.
 
         Args:
             promised: Change of the loss that it promised.
@@ -214,7 +214,6 @@ class Trust:
         if promised < 0:
             refuted = self.refutes(promised, change) and self.refutes(promised, in_fact())
             self._heed(BACK if refuted else NOISY_FORTH if self.is_noisy else FORTH)
-        return self.caution
 
     def refutes(self, promised: float, change: float) -> bool:
         """Whether the loss of the next batch rose by too much."""
