@@ -47,6 +47,21 @@ def test_layers_with_too_few_rows_gather_at_every_second_step() -> None:
     assert not resumed.preconditioner.capture.whole
 
 
+def test_normalizations_alone_are_not_worth_a_pass() -> None:
+    """Eight sequences are few rows for their 32 numbers, and many for the layers beside them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    optimizer = natgrad.KFAC(model, "mse")
+    capture = optimizer.preconditioner.capture
+    for _ in range(40):
+        assert capture.due == ({"0", "1", "2"} if starts(capture.step, "auto") else set())
+        optimizer.zero_grad()
+        x = torch.randn(8, 12, 8)
+        mse_loss(model(x), x[..., :4]).backward()
+        optimizer.step()
+    assert float(optimizer.preconditioner.states()["1"]["rows"]) < 32
+
+
 def test_between_intervals_no_noise_is_measured() -> None:
     """It costs as much as a solution. The samples are dropped, not the statistics."""
     model, x, y = clusters(0)

@@ -62,6 +62,19 @@ def test_in_the_end_as_many_rows_come_together_as_one_batch_of_enough_has(share:
     assert times - 1 <= len(turns) - (first % max(OFTEN, int(share * LONGEST)) != 0) <= times
 
 
+def test_no_pass_is_made_for_vectors_alone() -> None:
+    """They come along with others, are due where intervals start, and alone where there is nothing else."""
+    shares = {"wide": 0.5, "norm": 1 / 8}
+    first, length = interval(10_000, "auto")
+    inside = range(first + 1, first + length)
+    of_all = {step for step in inside if step % (LONGEST // 2) == 0}
+    assert {step for step in inside if "norm" in due(step, "auto", shares)} > of_all
+    assert {step for step in inside if "norm" in due(step, "auto", shares, {"norm"})} == of_all
+    assert due(first, "auto", shares, {"norm"}) == shares.keys()
+    alone = {"norm": 1 / 8}
+    assert all(due(step, "auto", alone, {"norm"}) == due(step, "auto", alone) for step in inside)
+
+
 def test_turns_spread_the_cost() -> None:
     """Catches layers spread by number where one costs as much as all others together."""
     costs = {"large": 64.0, **{f"small {i}": 1.0 for i in range(64)}}

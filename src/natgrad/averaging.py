@@ -41,8 +41,8 @@ from natgrad.memory import Kept, State
 
 # β, of the running average.
 DECAY = 0.9
-# Steps between two measurements of the pace at most, and how much longer Δ may become until the next.
-EVERY, LONGER = 8, 2.0
+# Steps between two measurements of the pace at most, as between two of the curvature; and how much longer Δ may become.
+EVERY, LONGER = 16, 2.0
 # A rate becomes no more times larger in a window, and no larger at all after one without progress; by ANEW more along
 # an average that starts anew.
 RISE, ANEW = 2.0, 100.0

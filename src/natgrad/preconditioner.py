@@ -30,7 +30,6 @@ from natgrad.memory import number
 from natgrad.metric import Metric
 from natgrad.multiplier import LossMultiplier
 from natgrad.options import check_fisher, check_inverse, check_numbers, check_periods, check_positive, module_of
-from natgrad.schedule import Period
 from natgrad.trust import Trust
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -96,8 +95,8 @@ class Preconditioner:
         mc_samples: int = 1,
         inverse: str = "cholesky",
         factor_decay: float | Literal["auto"] = "auto",
-        curvature_period: Period = "auto",
-        inverse_period: Period = "auto",
+        curvature_period: schedule.Period = "auto",
+        inverse_period: schedule.Period = "auto",
         batch_fraction: float | Literal["auto"] = "auto",
         sharing: Sharing | dict[str, Sharing] = "expand",
         output: Callable[[Any], Any] | None = None,
@@ -277,7 +276,8 @@ class Preconditioner:
         self.capture.criteria = float(self._state(self.layers[0]).get("criteria", UNKNOWN))
         known = {layer: self._state(layer).get("rows", torch.inf) for layer in self.layers}
         shares = {layer.name: share_known(rows, layer.dense_dimension) for layer, rows in known.items()}
-        self.capture.due = schedule.due(self.steps, self.curvature_period, shares)
+        vectors = {layer.name for layer in self.layers if layer.is_vector}
+        self.capture.due = schedule.due(self.steps, self.curvature_period, shares, vectors)
 
     @torch.no_grad()
     def directions(self, gradient: Gradient | None = None) -> dict[nn.Parameter, Tensor]:

@@ -5,10 +5,11 @@ automatic interval grows with the steps that went before it: curvature that took
 will not be another after ten more. Once it has its full length the inverses are refreshed one after the other, so that
 no step is much slower than the others; earlier, inverses of different ages went together badly (`docs/decisions.md`).
 Within intervals more is gathered for factors of which batches have too few rows, as eight of them every sixteen steps
-tell next to nothing about hundreds of dimensions.
+tell next to nothing about hundreds of dimensions; but no pass is made for vectors alone, as normalizations have, of
+whose rows each datum gives one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Literal
 
 Period = int | Literal["auto"]
@@ -34,7 +35,7 @@ def starts(step: int, period: Period) -> bool:
     return interval(step, period)[0] == step
 
 
-def due(step: int, period: Period, shares: Mapping[str, float]) -> set[str]:
+def due(step: int, period: Period, shares: Mapping[str, float], vectors: Set[str] = frozenset()) -> set[str]:
     """Whose factors are updated at a step: all where an interval starts, and on the way those that have too few rows.
 
     In the end as many rows come together in an interval as where one batch has enough.
@@ -43,12 +44,14 @@ def due(step: int, period: Period, shares: Mapping[str, float]) -> set[str]:
         step: Counted from zero.
         period: Length of the intervals.
         shares: By name, which part of the rows that determine a factor a batch has.
+        vectors: Who are not worth a pass of their own on the way, if there are others.
     """
     if starts(step, period):
         return set(shares)
     if period != "auto":
         return set()
-    return {name for name, share in shares.items() if share < 1 and step % max(OFTEN, int(share * LONGEST)) == 0}
+    some = {name for name, share in shares.items() if share < 1 and step % max(OFTEN, int(share * LONGEST)) == 0}
+    return set() if some <= vectors < shares.keys() else some
 
 
 def turn(step: int, period: Period, costs: Mapping[str, float]) -> set[str]:

@@ -177,6 +177,11 @@ class Layer(ABC):
         return max([1, *(size for size, diagonal in zip(self.shape, self.diagonal, strict=True) if not diagonal)])
 
     @property
+    def is_vector(self) -> bool:
+        """Whether the matrix is a single column, as scale and shift of a normalization are together."""
+        return self.shape[1] == 1
+
+    @property
     def inversion_cost(self) -> int:
         """Of both factors, up to a constant: the sum of their cubed sizes."""
         return (self.blocks or 1) * sum(1 if self.diagonal[side] else self.shape[side] ** 3 for side in (0, 1))
