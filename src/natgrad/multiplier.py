@@ -134,13 +134,18 @@ class LossMultiplier:
         """The quadratic model of the user's loss, on the current pass."""
         if self.undeclared.is_found:
             return self.of_all()
-        some = self._made(more=Trust(self.state).more)
+        some = self._made(more=self.trust.more)
         # Outputs by other statistics than the loop's tell nothing of s; where one rank's are, as shards are gathered.
         return some if self._is_trusted or self.ranks.all(not some.has_other_statistics) else self.of_all()
 
     def of_all(self) -> LocalModel:
         """The same on all data of the pass."""
         return self._made(more=math.inf)
+
+    @cached_property
+    def trust(self) -> Trust:
+        """How far steps are trusted."""
+        return Trust(self.state)
 
     @cached_property
     def undeclared(self) -> Undeclared:
@@ -248,7 +253,7 @@ class LossMultiplier:
         back = self._back(step)
         is_certain = self.bound[1] or not back.bend  # a loss that is linear in the output tells nothing of s
         # Trust by an earlier step may have been a mistake.
-        if is_certain or (self._is_trusted and not Trust(self.state).refutes(self.promised, -back.total)):
+        if is_certain or (self._is_trusted and not self.trust.refutes(self.promised, -back.total)):
             return self._lets_stand(step, back)
         # By the slope that its own batch saw at its start: so much of that is noise, and was never there on other data.
         noise = 0.0 if self.is_repeated else self._noise()
@@ -268,7 +273,7 @@ class LossMultiplier:
         return factor <= 1 and stands
 
     def _lets_stand(self, step: dict[str, Tensor], back: Change) -> bool:
-        return Trust(self.state).lets_stand(self.promised, self._rise(step, back, self.promised))
+        return self.trust.lets_stand(self.promised, self._rise(step, back, self.promised))
 
     def risen_by(self, step: dict[str, Tensor], promised: float) -> float:
         """By how much the previous step has raised the loss of this batch, as far as that is a matter of its length.
@@ -284,7 +289,7 @@ class LossMultiplier:
 
     def _rise(self, step: dict[str, Tensor], back: Change, promised: float) -> float:
         end, rise = -back.slope, -back.total
-        if end > 0 and Trust(self.state).refutes(promised, rise):
+        if end > 0 and self.trust.refutes(promised, rise):
             steepening = self.local.steepening(_reversed(step))
             if 0 < steepening < UNCHANGED * end:
                 return 0.0
@@ -321,7 +326,7 @@ class LossMultiplier:
         A promise that was made with a wrong s is no evidence.
         """
         if self._is_trusted and promised < 0 and math.isfinite(change):
-            Trust(self.state).confirm(change / promised)
+            self.trust.confirm(change / promised)
 
     def look_back(self, step: dict[str, Tensor], promised: float) -> None:
         """Let what the previous step did to the loss, on the very batch that it was made for, be what is confirmed.
@@ -336,7 +341,7 @@ class LossMultiplier:
         if self.is_repeated and self._is_trusted and promised < 0:
             change = self.changed_by(step)
             if math.isfinite(change):
-                Trust(self.state).witness(change / promised)
+                self.trust.witness(change / promised)
 
     def changed_by(self, step: dict[str, Tensor]) -> float:
         """By how much the previous step, by parameter name, has changed the loss of this batch."""

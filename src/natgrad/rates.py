@@ -26,7 +26,6 @@ from natgrad import quadratic
 from natgrad.averaging import Pace
 from natgrad.clipping import Gradient, dot
 from natgrad.multiplier import LossMultiplier
-from natgrad.trust import Trust
 
 # So many steps in a row that did not lower the loss are told of, if they promised so much of the most that one did.
 REFUSED, MEANT = 5, 1e-3
@@ -151,7 +150,7 @@ def by_model(multiplier: LossMultiplier, course: Course, given: Sequence[float |
         course: Where to go.
         given: α and μ where the user chose them, else None.
     """
-    directions, promised, trust = course.directions(), multiplier.promised, Trust(multiplier.state)
+    directions, promised, trust = course.directions(), multiplier.promised, multiplier.trust
     b, rest = multiplier.ranks.mean(course.slopes()), multiplier.undeclared
     free = given[0] is None and not given[1]  # with a given momentum a shorter step is none downhill
     is_witness = free and not multiplier.is_repeated
@@ -187,7 +186,7 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
         averaged: What the natural gradient was made of.
         renewed: Whether the metric is new.
     """
-    pace, trust = Pace(multiplier.state), Trust(multiplier.state)
+    pace, trust = Pace(multiplier.state), multiplier.trust
     promised = pace.promised if pace.known else multiplier.promised
     slopes = [dot(course.natural, course.gradient), dot(course.natural, averaged), course.slope()]
     own, slope, back = multiplier.ranks.mean(torch.stack([one.cpu() for one in slopes])).tolist()
@@ -248,7 +247,7 @@ def _measured(
 ) -> tuple[float, Told]:
     """The share of a step that is kept when it is tried, once its rate has been measured, and diagnostics."""
     directions, rest = course.directions(), multiplier.undeclared
-    pace, trust = Pace(multiplier.state), Trust(multiplier.state)
+    pace, trust = Pace(multiplier.state), multiplier.trust
     M = multiplier.local.curvature(directions)
     total = torch.tensor([-slopes.own, slopes.back], dtype=M.dtype)[: len(directions)]
     more = rest.along(multiplier.local, directions, total)
@@ -274,12 +273,12 @@ def _look_back(multiplier: LossMultiplier, course: Course, told: Told, promised:
     """What trying a step has shown: of the previous one, and of how many data the model needs."""
     if "previous_change" in told:
         multiplier.confirm(told["previous_change"], promised)
-        if Trust(multiplier.state).averages:
+        if multiplier.trust.averages:
             multiplier.look_back(course.back, promised)
     halvings = int(told.get("halvings", 0))
     had_all = bool(halvings) and multiplier.ranks.all(multiplier.local.has_all)
     refused = halvings == quadratic.HALVINGS and multiplier.ranks.all(multiplier.local.has_other_statistics)
-    Trust(multiplier.state).tried(halvings, had_all, refused)
+    multiplier.trust.tried(halvings, had_all, refused)
 
 
 @cache

@@ -21,7 +21,6 @@ from natgrad.multiplier import LossMultiplier
 from natgrad.preconditioner import Preconditioner
 from natgrad.quadratic import minimize
 from natgrad.rates import Course, Direction
-from natgrad.trust import Trust
 
 # λ_G becomes so many times heavier or lighter at once, and at most so many times as heavy as derived.
 STEP, MOST = 10.0, 100.0
@@ -51,7 +50,7 @@ def search(preconditioner: Preconditioner, multiplier: LossMultiplier, course: C
         multiplier: Of this batch.
         course: Along the natural gradient as it is.
     """
-    trust, metric = Trust(multiplier.state), preconditioner.metric
+    trust, metric = multiplier.trust, preconditioner.metric
     # What was not declared bends the loss as well, by what is not known of other directions.
     if not (metric.renewed and trust.is_stiffness_open) or multiplier.undeclared.is_found:
         return
