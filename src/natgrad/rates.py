@@ -201,10 +201,10 @@ def by_average(multiplier: LossMultiplier, course: Course, averaged: Gradient, r
     along, due = Slopes(own, slope, back), pace.due(slope, renewed)
     kept = 1.0
     if due or pace.lags(back):
-        kept, tale = _measured(multiplier, course, along, due, promised)
+        kept, tried = _measured(multiplier, course, along, due, promised)
         # A batch that is asked for its slope is no witness of what others confirm.
-        _look_back(multiplier, course, tale, promised if due else 0.0)
-        told |= tale
+        _look_back(multiplier, course, tried, promised if due else 0.0)
+        told |= tried
     else:
         multiplier.undeclared.forget()
     told |= trust.told()
