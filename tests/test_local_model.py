@@ -285,7 +285,7 @@ def at_the_fifth_step(build: Callable[[], nn.Module], data: int, name: str, agre
     torch.manual_seed(0)
     model, x, y = build(), torch.randn(data, 3), torch.randn(data, 2)
     optimizer = after_four_steps(model, x, y)
-    assert bool(optimizer.state[next(iter(model.parameters()))][name]) is agree
+    assert bool(optimizer.state[next(iter(model.parameters()))].get(name)) is agree
     mse_loss(output := model(x), y).backward()
     return optimizer, output
 
@@ -342,6 +342,22 @@ def test_the_loops_own_pass_is_taken_for_that_of_some_data_where_it_is_the_same(
         assert len(passes) == (not repeats)
         assert local.size < 300
         assert (relative_error(local._known()[-1], output[local.chosen]) == 0) is repeats
+
+
+def test_what_was_seen_of_fixed_statistics_is_not_said_of_those_of_a_batch() -> None:
+    """Catches a network that was trained in ``eval`` mode at first, and judged by outputs of other statistics later."""
+    torch.manual_seed(0)
+    model, x, y = normalized().eval(), torch.randn(300, 3), torch.randn(300, 2)
+    optimizer = after_four_steps(model, x, y)
+    assert optimizer.state[model[0].weight]["parts"]
+    model.train()
+    mse_loss(output := model(x), y).backward()
+    with torch.no_grad():
+        local = local_model_of(optimizer)
+        (_, before), _ = local._ends({name: torch.zeros_like(p) for name, p in model.named_parameters()})
+        assert local.size < 300
+        assert relative_error(before, output[local.chosen]) > 1e-3
+        assert relative_error(before, model(x[local.chosen])) < 1e-8
 
 
 def test_masked_outputs_do_not_tell_whether_a_pass_is_repeated() -> None:

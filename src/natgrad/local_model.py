@@ -114,8 +114,7 @@ class LocalModel:
         # The user's loss is so many times the declared one, and its gradient at the output so many times longer still.
         self.multiplier, self.scaler = 1.0, 1.0
         self._products = list[Tensor]()  # J d of the latest `curvature`
-        self._differentiates = False
-        self._state = state
+        self._differentiates, self._state = False, state
         self.jumps = None if state is None else Jumps(state)
         self._forward_mode = ForwardMode(state, draws=forward.chance is not None)
         self._ruled_out: Tensor | None = None  # where the user's output is −∞
@@ -147,7 +146,8 @@ class LocalModel:
         forward = self.forward
         assert forward.gradient is not None
         order = shuffled(forward.data, forward.seed, forward.output.device)
-        self.size, self.repeats, self._before = size, self._repeats("parts"), None
+        self.size, self._before = size, None
+        self.repeats = None if self.has_other_statistics else self._repeats("parts")
         self.chosen, self.emphasis = stratified(order, size, forward.gradient.reshape(forward.data, -1))
         try:
             arguments = subsample(forward, self.chosen)
